@@ -1,0 +1,257 @@
+"""Every setting of both daemons: one frozen object, built once at the edge and handed down.
+
+A setting comes from (strongest first) a command-line flag, the environment, the file `.env`, its default. Names are flat
+(`REDIS_URL`), sections are nested (`settings.redis.url`). `.env.example` and the README's table are made from this file by
+`scripts/settings_doc.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Positive = Annotated[float, Field(gt=0)]
+SINCE_DAYS = re.compile(r"since:(\d{1,4})d")
+
+
+class SettingsError(ValueError):
+    """One line for the user: variable, rule, value (secrets masked)."""
+
+
+class Section(BaseSettings):
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=False, env_ignore_empty=True)
+
+
+class RedisSettings(Section):
+    url: SecretStr | None = Field(
+        None,
+        alias="REDIS_URL",
+        description="redis://, rediss:// or unix:// address. Unset: the server on 127.0.0.1:6379 if one answers at the first run, "
+        "else an embedded Valkey kept under DATA_DIR.",
+    )
+    max_connections: int = Field(20, alias="REDIS_MAX_CONNECTIONS", ge=4, le=1000, description="Most connections of one process.")
+    socket_timeout: Positive = Field(
+        10,
+        alias="REDIS_SOCKET_TIMEOUT",
+        description="Seconds without an answer after which a call counts as lost (above the block time).",
+    )
+    embedded_tcp: bool = Field(
+        True,
+        alias="EMBEDDED_TCP",
+        description="Whether the embedded server also listens on 127.0.0.1:6379 (no password: any local user can read it).",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _scheme(cls, url: SecretStr | None) -> SecretStr | None:
+        if url and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return url
+
+
+class StreamSettings(Section):
+    name: str = Field(
+        "email_ingestion_stream",
+        alias="STREAM_NAME",
+        min_length=1,
+        description="Key of the stream; all other keys follow from it.",
+    )
+    group: str = Field("email_workers", alias="CONSUMER_GROUP", min_length=1, description="The one consumer group of the stream.")
+    maxlen: int = Field(
+        100_000,
+        alias="STREAM_MAXLEN",
+        ge=1,
+        description="Unfinished mails at which intake waits; nothing is ever trimmed. Backfill uses a tenth.",
+    )
+    dlq_max: int = Field(10_000, alias="DLQ_MAX", ge=1, description="Dead letters at which workers stop reading and say so.")
+    results_max: int = Field(100_000, alias="RESULTS_MAX", ge=1, description="About how many results are kept.")
+    results_days: Positive = Field(7, alias="RESULTS_DAYS", description="Days a result is kept.")
+    result_max_bytes: int = Field(
+        65_536, alias="RESULT_MAX_BYTES", ge=64, description="Largest result of a handler, in bytes of JSON."
+    )
+    processed_days: Positive = Field(400, alias="PROCESSED_DAYS", description="Days the ids of finished mail are kept.")
+
+
+class MailSettings(Section):
+    usernames: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), alias="GMAIL_USERNAME", description="Accounts, separated by commas. Unset: the account of the token file."
+    )
+    mailboxes: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("INBOX",), alias="MAILBOXES", description="Folders, separated by commas."
+    )
+    token_dir: Path = Field(
+        Path("tokens"),
+        alias="TOKEN_DIR",
+        description="Folder of the token files: <account>.json, or gmail_token.json for a single account.",
+    )
+    host: str = Field("imap.gmail.com", alias="IMAP_HOST", description="IMAP server.")
+    port: int = Field(993, alias="IMAP_PORT", ge=1, le=65535, description="Its port.")
+    security: Literal["tls", "none"] = Field(
+        "tls", alias="IMAP_SECURITY", description="`none` is allowed on this machine only (sandbox, tests)."
+    )
+    ca_file: Path | None = Field(None, alias="IMAP_CA_FILE", description="Certificate authority of a server of your own (PEM).")
+    timeout: Positive = Field(60, alias="IMAP_TIMEOUT", description="Seconds a single socket operation may take.")
+    poll_interval: Positive = Field(
+        60, alias="POLL_INTERVAL", description="Seconds between two polls; IDLE is only a hint in between."
+    )
+    batch_size: int = Field(100, alias="PRODUCER_BATCH_SIZE", ge=1, le=500, description="Most mails in one publish.")
+    initial_sync: str = Field(
+        "since:7d", alias="INITIAL_SYNC", description="First read of a mailbox: since:7d, since:2026-01-31, new or all."
+    )
+    max_message_bytes: int = Field(
+        35_000_000,
+        alias="MAX_MESSAGE_BYTES",
+        ge=65_536,
+        description="Above this a mail is read as a stub: header and first 64 KiB.",
+    )
+    dedup_scope: Literal["account", "mailbox"] = Field(
+        "account", alias="DEDUP_SCOPE", description="`mailbox`: the same mail in a second watched folder is a new mail."
+    )
+    lease: Positive = Field(
+        30, alias="PRODUCER_LEASE", description="Seconds after which a standby producer takes a silent one's mailbox over."
+    )
+    incomplete_wait: Positive = Field(
+        15,
+        alias="INCOMPLETE_WAIT",
+        description="Seconds between two tries for a mail whose data the server does not give; three, then a stub.",
+    )
+
+    @field_validator("usernames", "mailboxes", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("usernames", "mailboxes")
+    @classmethod
+    def _printable(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not name.isprintable() for name in names):
+            raise ValueError("must be printable")
+        return names
+
+    @field_validator("initial_sync")
+    @classmethod
+    def _sync(cls, value: str) -> str:
+        if value not in ("new", "all") and not SINCE_DAYS.fullmatch(value):
+            try:
+                date.fromisoformat(value.removeprefix("since:") if value.startswith("since:") else "")
+            except ValueError:
+                raise ValueError("must be since:<days>d, since:<YYYY-MM-DD>, new or all") from None
+        return value
+
+    @model_validator(mode="after")
+    def _plain_text_stays_here(self) -> MailSettings:
+        if self.security == "none" and self.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError("IMAP_SECURITY=none would send the token in clear text; it is allowed for 127.0.0.1 only")
+        return self
+
+
+class WorkSettings(Section):
+    handler: str | None = Field(
+        None, alias="WORKER_HANDLER", description="package.module:function. Unset: the built-in one (log a line, done)."
+    )
+    label: str | None = Field(
+        None, alias="CONSUMER_NAME", description="Label of this worker; the name in Redis is <label>-<pid>-<nonce>."
+    )
+    batch_size: int = Field(100, alias="WORKER_BATCH_SIZE", ge=1, le=500, description="Most mails in one read.")
+    block_ms: int = Field(2000, alias="WORKER_BLOCK_MS", ge=1, le=8000, description="Milliseconds a read waits for mail.")
+    concurrency: int = Field(8, alias="WORKER_CONCURRENCY", ge=1, le=256, description="Handlers at work at once (threads).")
+    lease: Positive = Field(
+        60, alias="LEASE_SECONDS", description="Seconds without renewal after which another worker takes a mail over."
+    )
+    recovery_tick: Positive = Field(1, alias="RECOVERY_TICK", description="Seconds between two looks for abandoned and due mail.")
+    poison_starts: int = Field(
+        3, alias="POISON_STARTS", ge=1, description="Solo starts that never finish before a mail is buried."
+    )
+    max_attempts: int = Field(8, alias="MAX_ATTEMPTS", ge=1, description="Failed attempts before a mail is buried.")
+    backoff_base: Positive = Field(
+        1, alias="BACKOFF_BASE", description="Seconds; the delay after attempt n is random in 0 … base x factor^(n-1)."
+    )
+    backoff_factor: float = Field(2, alias="BACKOFF_FACTOR", ge=1, description="Growth of the delay.")
+    backoff_cap: Positive = Field(3600, alias="BACKOFF_CAP", description="Longest delay in seconds.")
+
+    @field_validator("handler")
+    @classmethod
+    def _form(cls, value: str | None) -> str | None:
+        if value and not re.fullmatch(r"[\w.]+:\w+", value):
+            raise ValueError("must look like package.module:function")
+        return value
+
+
+class RunSettings(Section):
+    data_dir: Path = Field(
+        Path("data"), alias="DATA_DIR", description="What the daemons keep on disk: markers, the embedded server."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", alias="LOG_LEVEL", description="Least level that is logged."
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", alias="LOG_FORMAT", description="auto: text on a terminal, else JSON."
+    )
+    stats_interval: Positive = Field(60, alias="STATS_INTERVAL", description="Seconds between two lines of counts in the log.")
+    shutdown_timeout: Positive = Field(30, alias="SHUTDOWN_TIMEOUT", description="Seconds handlers get to finish after SIGTERM.")
+    http_host: str = Field("127.0.0.1", alias="HTTP_HOST", description="Address the health endpoint listens on.")
+    http_port: int | None = Field(
+        None,
+        alias="HTTP_PORT",
+        ge=0,
+        le=65535,
+        description="Its port. Unset: 8080 (producer), 8081 (worker) or the next free one; 0: any free one.",
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    redis: RedisSettings
+    stream: StreamSettings
+    mail: MailSettings
+    work: WorkSettings
+    run: RunSettings
+
+
+SECTIONS: Mapping[str, type[Section]] = {
+    "redis": RedisSettings,
+    "stream": StreamSettings,
+    "mail": MailSettings,
+    "work": WorkSettings,
+    "run": RunSettings,
+}
+
+
+def load_settings(flags: Mapping[str, Any] | None = None, env_file: Path | None = Path(".env")) -> Settings:
+    """Build the settings. `flags`: variable name → value given on the command line; None means not given.
+
+    Raises SettingsError: one line that names the variable, the rule and the value.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    built: dict[str, Any] = {}
+    for section, model in SECTIONS.items():
+        own = {field.alias: given[field.alias] for field in model.model_fields.values() if field.alias in given}
+        try:
+            built[section] = model(_env_file=env_file, **own)  # type: ignore[call-arg]  # an argument of every BaseSettings
+        except ValidationError as error:
+            raise SettingsError(_one_line(model, error)) from None
+    settings = Settings(**built)
+    if settings.redis.socket_timeout * 1000 <= settings.work.block_ms:
+        raise SettingsError(
+            f"REDIS_SOCKET_TIMEOUT={settings.redis.socket_timeout:g} s must be above WORKER_BLOCK_MS={settings.work.block_ms}"
+            " ms, or every quiet read looks like a dead server"
+        )
+    return settings
+
+
+def _one_line(model: type[Section], error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    rule = first["msg"].removeprefix("Value error, ")
+    if not name:
+        return rule
+    field = next((field for field in model.model_fields.values() if field.alias == name), None)
+    secret = field is not None and "SecretStr" in str(field.annotation)
+    return f"{name}={'***' if secret else first['input']}: {rule[:1].lower()}{rule[1:]}"

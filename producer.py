@@ -1,0 +1,88 @@
+"""The producer: carries every mail of some mailboxes into the stream. `python producer.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from config.settings import Settings, SettingsError, load_settings
+from src.common import logging_config
+from src.common.clock import SYSTEM
+from src.common.exceptions import ConfigurationError, Transient
+from src.common.shutdown import Shutdown
+
+FLAGS = {
+    "username": "GMAIL_USERNAME",
+    "mailbox": "MAILBOXES",
+    "batch_size": "PRODUCER_BATCH_SIZE",
+    "poll_interval": "POLL_INTERVAL",
+}
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Carries every mail of some mailboxes into the stream, until it is stopped.")
+    parser.add_argument(
+        "--username", metavar="U", action="append", help="account to read; may be repeated (default: the token file's)"
+    )
+    parser.add_argument("--mailbox", metavar="M", action="append", help="folder to read; may be repeated (default: INBOX)")
+    parser.add_argument("--batch-size", metavar="N", help="most mails in one publish (default: 100)")
+    parser.add_argument("--poll-interval", metavar="S", help="seconds between two polls (default: 60)")
+    parser.add_argument("--once", action="store_true", help="read what is there now, then end")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would be published; nothing is written, no server started"
+    )
+    parser.add_argument("--sandbox", action="store_true", help="read the sandbox's mailbox, starting the sandbox if none runs")
+    parser.add_argument(
+        "--parse", metavar="FILE", nargs="+", type=Path, help="print the record of message files as JSON lines, then end"
+    )
+    return parser
+
+
+def main() -> int:
+    given = arguments().parse_args()
+    shutdown = Shutdown()
+    flags = {
+        FLAGS[name]: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items() if name in FLAGS
+    }
+    try:
+        if given.parse:
+            from src.producer.offline import print_records
+
+            return print_records(given.parse, sys.stdout)
+        settings = load_settings(flags)
+        logging_config.configure(settings.run.log_format, settings.run.log_level)
+        shutdown.on_signals()
+        if given.sandbox:
+            from src.sandbox.attach import attached
+
+            with attached(settings.run.data_dir) as overrides:
+                return run(load_settings({**flags, **overrides}), shutdown, once=given.once, dry=given.dry_run)
+        return run(settings, shutdown, once=given.once, dry=given.dry_run)
+    except (SettingsError, ConfigurationError) as error:
+        print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201  # the one line a wrong setting gets
+        return 2
+    except Transient as error:
+        print(f"producer.py: stopped while waiting: {error}", file=sys.stderr)  # noqa: T201
+        return shutdown.exit_code
+
+
+def run(settings: Settings, shutdown: Shutdown, *, once: bool, dry: bool) -> int:
+    from src.common.embedded import open_redis  # after the settings: --help and a wrong setting answer at once
+    from src.producer.daemon import NoUsableToken, Producer
+    from src.producer.offline import print_preview
+
+    try:
+        if dry:
+            return print_preview(settings, SYSTEM, sys.stdout)
+        with open_redis(settings, shutdown) as redis:
+            producer = Producer(settings, redis, shutdown, SYSTEM)
+            producer.run_once() if once else producer.run()
+    except NoUsableToken as error:
+        print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201
+        return 3
+    return shutdown.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+set -u
+cd "$(dirname "$0")/.." || exit 1
+
+usage="usage: ./scripts/test.sh [--all] [--help] [pytest arguments…]
+
+Sets up what is missing (.venv with the pinned packages; on Debian redis-server and dovecot-imapd, whose services are not
+started), runs scripts/check.sh, then all tests with at least 90 % of src covered.
+
+  --all    also the long runs (tests marked full)
+  --help   this text
+  pytest arguments, e.g. tests/unit or -k dlq: only those tests, without checks and coverage
+
+Exit code 0: everything passed. With CI=true a missing server fails the tests that need it; elsewhere they are skipped."
+
+all=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --all) all=(--all) ;;
+    -h | --help) echo "$usage"; exit 0 ;;
+    *) break ;;
+  esac
+  shift
+done
+
+# shellcheck source=scripts/lib.sh
+. scripts/lib.sh
+SECONDS=0
+setup_python dev
+setup_debian redis-server:redis-server dovecot-imapd:dovecot openssl:openssl
+
+failed=()
+if [ $# -gt 0 ]; then
+  .venv/bin/python -m pytest ${all[@]+"${all[@]}"} "$@" || failed+=(tests)
+else
+  ./scripts/check.sh || failed+=(checks)
+  .venv/bin/python -m pytest ${all[@]+"${all[@]}"} -n 2 --dist worksteal --cov=src --cov-report=term --cov-fail-under=90 || failed+=(tests)
+fi
+
+if [ ${#failed[@]} -gt 0 ]; then
+  say "FAILED: ${failed[*]} (${SECONDS} s)"
+  exit 1
+fi
+say "passed in ${SECONDS} s"

@@ -1,0 +1,367 @@
+"""Google's OAuth 2.0 for IMAP: the token file, and access tokens that are always fresh.
+
+One token file per account, shared by every process that uses it. The file is the truth: a token is read from it each time,
+and refreshed by whoever holds the lock beside it, so that threads and processes together ask the endpoint once
+(RFC 6749 section 6, https://developers.google.com/identity/protocols/oauth2).
+
+    python -m src.auth.oauth2_gmail --info | --refresh [--token-file F]
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import shlex
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import requests
+from google.auth.exceptions import GoogleAuthError, RefreshError, TransportError
+from google.auth.transport.requests import Request
+from google.oauth2.credentials import Credentials
+
+from src.common.clock import SYSTEM, Clock, iso
+from src.common.exceptions import ConfigurationError, IngestionError, ReauthRequired, TokenEndpointUnavailable
+
+SCOPE = "https://mail.google.com/"
+TOKEN_URI = "https://oauth2.googleapis.com/token"  # noqa: S105 - an address
+TOKEN_FILE = Path("tokens/gmail_token.json")
+
+# The verdicts of RFC 6749 section 5.2 that no repetition changes. Everything else may pass.
+PERMANENT = ("invalid_grant", "invalid_client", "unauthorized_client")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredToken:
+    """A token file's content. `access_token` may be "" and `expiry` None (not known): then it is refreshed before use.
+
+    `expiry` is an aware UTC time; `obtained_at` says when a person consented, ISO 8601 in UTC, "" if not known.
+    """
+
+    account: str
+    client_id: str
+    client_secret: str = field(repr=False)
+    refresh_token: str = field(repr=False)
+    access_token: str = field(repr=False)
+    expiry: datetime | None
+    scopes: tuple[str, ...]
+    token_uri: str
+    obtained_at: str
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """What may be shown of a token. `seconds_left`: of the access token, 0.0 when it has none or it ran out."""
+
+    path: Path
+    account: str
+    scopes: tuple[str, ...]
+    token_uri: str
+    obtained_at: str
+    expiry: datetime | None
+    seconds_left: float
+
+
+def setup_command(account: str = "") -> str:
+    """The command that makes a person consent again."""
+    return "python producer.py --auth-setup" + (f" --username {shlex.quote(account)}" if account else "")
+
+
+def read_token(path: Path, account: str = "") -> StoredToken:
+    """The token file at `path`; `account` only completes the command an error names.
+
+    Raises ConfigurationError, in one line, when the file is missing, open to other users, or not a token file.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if mode & 0o077:
+                raise ConfigurationError(
+                    f"the token file {path} is open to other users (mode {mode:04o}); run: chmod 600 {shlex.quote(str(path))}"
+                )
+            content = file.read()
+    except FileNotFoundError:
+        raise ConfigurationError(f"there is no token file {path}; run: {setup_command(account)}") from None
+    except OSError as error:
+        raise ConfigurationError(f"the token file {path} cannot be read: {error.strerror}") from error
+    try:
+        return _decode(json.loads(content))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else "it is not an authorized_user JSON"
+        raise ConfigurationError(f"the token file {path} is of no use: {what}; run: {setup_command(account)}") from None
+
+
+def write_token(path: Path, token: StoredToken) -> None:
+    """Replace the file at once and durably, mode 0600: after a crash there is the old one or the new one. Raises OSError."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp creates with mode 0600
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(_encode(token), file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            Path(temporary).unlink()
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone with the token file: flock on `<path>.lock` excludes threads and processes alike, for each opens it anew.
+
+    Raises ConfigurationError when the lock file cannot be made.
+    """
+    lock = path.with_name(path.name + ".lock")
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigurationError(f"{lock} cannot be opened, and tokens are refreshed under it: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class TokenSource:
+    """Access tokens of one account out of one token file; for any number of threads and processes.
+
+    `timeout`: seconds a connect to or a read from the endpoint may take. `refresh_ahead`: seconds before its end at which
+    a token is replaced. `keep`: refreshed tokens are written back (a dry run writes nothing, not even a lock file). Raises
+    ConfigurationError from any method when the file is missing, unusable or another account's.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        account: str,
+        *,
+        clock: Clock = SYSTEM,
+        timeout: float = 20.0,
+        refresh_ahead: float = 300.0,
+        keep: bool = True,
+    ) -> None:
+        self._path = path
+        self._account = account
+        self._clock = clock
+        self._timeout = timeout
+        self._refresh_ahead = timedelta(seconds=refresh_ahead)
+        self._keep = keep
+        self._unsaved: StoredToken | None = None
+
+    def access_token(self, *, refuse: str | None = None) -> str:
+        """A token that is good for at least `refresh_ahead`, or as good as can be had.
+
+        `refuse`: a token some server just refused; it is not handed out again. Raises ReauthRequired (the text holds the
+        cause and the command) and TokenEndpointUnavailable; the latter only once the stored token is over or refused.
+        """
+        token = self._read()
+        if self._fresh(token, refuse):
+            return token.access_token
+        with locked(self._path) if self._keep else nullcontext():
+            token = self._read()
+            if self._fresh(token, refuse):
+                return token.access_token
+            try:
+                refreshed = _refresh(token, self._timeout, self._account)
+            except TokenEndpointUnavailable as error:
+                if not self._valid(token, refuse, timedelta(0)):
+                    raise
+                _log.warning("%s: the token is not refreshed yet: %s", self._account, error)
+                return token.access_token
+            self._save(refreshed)
+            return refreshed.access_token
+
+    def info(self) -> TokenInfo:
+        """What may be shown of the token, without asking anybody."""
+        token = self._read()
+        left = (token.expiry - self._clock.wall()).total_seconds() if token.expiry and token.access_token else 0.0
+        return TokenInfo(
+            self._path, token.account, token.scopes, token.token_uri, token.obtained_at, token.expiry, max(0.0, left)
+        )
+
+    def _fresh(self, token: StoredToken, refuse: str | None) -> bool:
+        return self._valid(token, refuse, self._refresh_ahead)
+
+    def _valid(self, token: StoredToken, refuse: str | None, ahead: timedelta) -> bool:
+        usable = token.access_token not in ("", refuse)
+        return usable and token.expiry is not None and self._clock.wall() + ahead < token.expiry
+
+    def _read(self) -> StoredToken:
+        stored = read_token(self._path, self._account)
+        if stored.account and self._account and stored.account.casefold() != self._account.casefold():
+            raise ConfigurationError(f"the token file {self._path} belongs to {stored.account}, not to {self._account}")
+        unsaved = self._unsaved
+        if unsaved is not None and unsaved.obtained_at == stored.obtained_at and _expiry(unsaved) > _expiry(stored):
+            return unsaved
+        return stored
+
+    def _save(self, token: StoredToken) -> None:
+        """Store it for everybody; where the disk refuses, this process goes on with it alone."""
+        if not self._keep:
+            self._unsaved = token
+            return
+        try:
+            write_token(self._path, token)
+        except OSError as error:
+            _log.warning("the token file %s cannot be written: %s", self._path, error.strerror)
+            self._unsaved = token
+        else:
+            self._unsaved = None
+
+
+def _refresh(token: StoredToken, timeout: float, account: str) -> StoredToken:
+    """Ask the endpoint once. A 200 may carry a new refresh token, which then replaces the old one."""
+    credentials: Any = Credentials(  # type: ignore[no-untyped-call]
+        token=None,
+        refresh_token=token.refresh_token,
+        token_uri=token.token_uri,
+        client_id=token.client_id,
+        client_secret=token.client_secret,
+    )
+    try:
+        with requests.Session() as session:
+            credentials.refresh(_one_try(session, timeout))
+    except RefreshError as error:
+        cause = _verdict(error)
+        if cause is None:
+            raise TokenEndpointUnavailable(f"{token.token_uri}: {_describe(error)}") from error
+        command = setup_command(account or token.account)
+        raise ReauthRequired(f"Google refuses the token of {account or token.account} ({cause}); run: {command}") from error
+    except (GoogleAuthError, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        # Beside its own errors google-auth lets TypeError and others out when a 200 is not what it expects.
+        raise TokenEndpointUnavailable(f"{token.token_uri}: {_describe(error)}") from error
+    if not isinstance(credentials.token, str) or not credentials.token or credentials.expiry is None:
+        raise TokenEndpointUnavailable(f"{token.token_uri}: the answer holds no token with an end")
+    return replace(
+        token,
+        access_token=credentials.token,
+        expiry=credentials.expiry.replace(tzinfo=UTC),
+        refresh_token=credentials.refresh_token,
+    )
+
+
+def _one_try(session: requests.Session, timeout: float) -> Any:
+    """google-auth's transport with our time out. A 5xx, 408 or 429 ends the call, where google-auth would sleep and repeat."""
+    transport: Any = Request(session)
+
+    def ask(**arguments: Any) -> Any:
+        response = transport(**{**arguments, "timeout": timeout})
+        if response.status in (408, 429) or response.status >= 500:
+            raise TransportError(f"HTTP {response.status}")  # type: ignore[no-untyped-call]
+        return response
+
+    return ask
+
+
+def _verdict(error: RefreshError) -> str | None:
+    """The cause, when the endpoint itself said that this grant or client is no good; None for anything that may pass.
+
+    `error.retryable` says False of a 503 too. Of a Workspace that asks for a new log in (invalid_rapt) google-auth drops
+    the body and leaves a sentence.
+    """
+    body = error.args[-1] if error.args else None
+    if isinstance(body, dict) and body.get("error") in PERMANENT:
+        return _describe(error)
+    if isinstance(body, str) and body.startswith("Reauthentication is needed"):
+        return "invalid_grant: the Workspace asks for a new log in"
+    return None
+
+
+def _describe(error: Exception) -> str:
+    text = str(error.args[0]) if error.args else type(error).__name__
+    return "".join(character if character.isprintable() else " " for character in text)[:300]
+
+
+def _expiry(token: StoredToken) -> datetime:
+    return token.expiry or datetime.min.replace(tzinfo=UTC)
+
+
+def _decode(content: dict[str, Any]) -> StoredToken:
+    required = {name: content[name] for name in ("client_id", "client_secret", "refresh_token")}
+    optional = {name: content.get(name, "") for name in ("account", "token", "expiry", "obtained_at")}
+    token_uri = content.get("token_uri", TOKEN_URI)
+    if not all(isinstance(value, str) for value in (*required.values(), *optional.values(), token_uri)):
+        raise TypeError("a field is not a text")
+    expiry = datetime.fromisoformat(optional["expiry"]) if optional["expiry"] else None
+    return StoredToken(
+        account=optional["account"],
+        access_token=optional["token"],
+        expiry=expiry.replace(tzinfo=UTC) if expiry and expiry.tzinfo is None else expiry,
+        scopes=tuple(map(str, content.get("scopes", []))),
+        token_uri=token_uri,
+        obtained_at=optional["obtained_at"],
+        **required,
+    )
+
+
+def _encode(token: StoredToken) -> dict[str, object]:
+    return {
+        "type": "authorized_user",
+        "account": token.account,
+        "client_id": token.client_id,
+        "client_secret": token.client_secret,
+        "refresh_token": token.refresh_token,
+        "token": token.access_token,
+        "expiry": iso(token.expiry) if token.expiry else "",
+        "scopes": list(token.scopes),
+        "token_uri": token.token_uri,
+        "obtained_at": token.obtained_at,
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Show or refresh a token file. Exit codes: 0, 1 endpoint not to be had, 2 no usable file, 3 a person must consent."""
+    parser = argparse.ArgumentParser(prog="python -m src.auth.oauth2_gmail", description="The OAuth token of one mailbox.")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--info", action="store_true", help="show account, scopes and expiry; no secret")
+    action.add_argument("--refresh", action="store_true", help="get a new access token now and store it")
+    parser.add_argument("--token-file", type=Path, default=TOKEN_FILE, metavar="F", help="default: %(default)s")
+    flags = parser.parse_args(arguments)
+    try:
+        stored = read_token(flags.token_file)
+        source = TokenSource(flags.token_file, stored.account)
+        if flags.refresh:
+            source.access_token(refuse=stored.access_token)
+        sys.stdout.write(_show(source.info()))
+    except IngestionError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2 if isinstance(error, ConfigurationError) else 3 if isinstance(error, ReauthRequired) else 1
+    return 0
+
+
+def _show(info: TokenInfo) -> str:
+    lines = {
+        "token file": info.path,
+        "account": info.account or "(not named in the file)",
+        "scopes": " ".join(info.scopes) or "(not named in the file)",
+        "endpoint": info.token_uri,
+        "consented": info.obtained_at or "(not known)",
+        "access token": f"good for {info.seconds_left:.0f} s, until {iso(info.expiry)}"
+        if info.seconds_left and info.expiry
+        else "none; the next use gets one",
+    }
+    return "".join(f"{name + ':':14} {value}\n" for name, value in lines.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

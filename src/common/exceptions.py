@@ -1,0 +1,72 @@
+"""Every error this project raises on purpose, by what the caller can do about it.
+
+Transient: the same call may succeed later; wait and repeat. Permanent: repeating it as it stands cannot help, a person or
+a new input must; the rest goes on. Fatal: this process cannot go on. Foreign errors (redis, imapclient, google-auth) are
+translated into these once, in the module that owns the connection.
+"""
+
+from __future__ import annotations
+
+
+class IngestionError(Exception):
+    """The root of the hierarchy; never raised itself."""
+
+
+class Transient(IngestionError):
+    """The same call may succeed later."""
+
+
+class Permanent(IngestionError):
+    """Repeating the call cannot help. A handler raises it to bury a mail at once."""
+
+
+class Fatal(IngestionError):
+    """This process cannot go on (exit code 1)."""
+
+
+class ConfigurationError(Fatal):
+    """A setting, a flag or a file of the user's is wrong (exit code 2). The text is one line that says what to change."""
+
+
+class RedisUnavailable(Transient):
+    """No answer from Redis, or one that says 'not now' (LOADING, READONLY, CLUSTERDOWN)."""
+
+
+class RedisFull(Transient):
+    """Redis refuses writes until someone makes room: OOM (maxmemory) or MISCONF (its disk)."""
+
+
+class GroupMissing(Transient):
+    """NOGROUP: the stream or its consumer group is gone (FLUSHALL, DEL); join again."""
+
+
+class ScriptRefused(Permanent):
+    """A transition was refused for the data it was given: a key of another type, a malformed batch."""
+
+
+class ImapUnavailable(Transient):
+    """The IMAP server cannot be reached, ended the session, or answered out of protocol."""
+
+
+class ImapIncomplete(Transient):
+    """FETCH answered OK without the data of some messages. `uids` are those that are missing."""
+
+    def __init__(self, uids: list[int]) -> None:
+        super().__init__(f"the server answered OK without the data of UID {', '.join(map(str, uids[:10]))}")
+        self.uids = uids
+
+
+class LoginRefused(Transient):
+    """AUTHENTICATE answered NO. With XOAUTH2 a forced token refresh is tried once before this becomes ReauthRequired."""
+
+
+class MailboxMissing(Permanent):
+    """EXAMINE answered NO: there is no such folder, or IMAP does not show it."""
+
+
+class TokenEndpointUnavailable(Transient):
+    """The token endpoint cannot be reached or answered something that is not a verdict (503, HTML, time out)."""
+
+
+class ReauthRequired(Permanent):
+    """No token of this account will work until a person consents again. The text names the cause and the command."""

@@ -1,0 +1,99 @@
+"""Every key in Redis is built here and nowhere else. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class MailboxKeys:
+    """State of one (account, mailbox). The first four are plain strings that people read; `last_uid` is written last."""
+
+    account: str
+    mailbox: str
+
+    def _key(self, suffix: str) -> str:
+        return f"producer_state:{self.account}:{self.mailbox}:{suffix}"
+
+    @cached_property
+    def last_uid(self) -> str:
+        return self._key("last_uid")
+
+    @cached_property
+    def uidvalidity(self) -> str:
+        return self._key("uidvalidity")
+
+    @cached_property
+    def last_poll(self) -> str:
+        return self._key("last_poll")
+
+    @cached_property
+    def email_count(self) -> str:
+        return self._key("email_count")
+
+    @cached_property
+    def intake(self) -> str:
+        """Hash: owner, until, epoch, batch (the fence) and boundary, horizon, first_complete, passed (the first read)."""
+        return self._key("intake")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The stream and what stands beside it. One server: `<stream>:<suffix>`."""
+
+    stream: str
+
+    @cached_property
+    def index(self) -> str:
+        """Hash email_id → `S:<stream id>` (unfinished) or `D:<dead-letter id>`."""
+        return f"{self.stream}:index"
+
+    @cached_property
+    def starts(self) -> str:
+        """Hash email_id → `<solo starts>|<stream id>:<delivery count>` of a start that has not finished."""
+        return f"{self.stream}:starts"
+
+    @cached_property
+    def tries(self) -> str:
+        """Hash email_id → `<failed attempts>|<last delivery count>`."""
+        return f"{self.stream}:tries"
+
+    @cached_property
+    def due(self) -> str:
+        """Sorted set `<stream id>|<email_id>` by due time in ms: mail that waits for its next attempt."""
+        return f"{self.stream}:due"
+
+    @cached_property
+    def dlq(self) -> str:
+        """Stream of dead letters."""
+        return f"{self.stream}:dlq"
+
+    @cached_property
+    def results(self) -> str:
+        """Stream of {email_id, outcome, result}: a bounded log."""
+        return f"{self.stream}:results"
+
+    @cached_property
+    def open(self) -> str:
+        """Hash `<account>|<mailbox>|<YYYYMMDD>` → how many unfinished or dead mails have that INTERNALDATE day."""
+        return f"{self.stream}:open"
+
+    def processed(self, account: str, internal_date: str) -> str:
+        """Set of the members (see `src.mail.record.member_of`) of finished mail: one per account and INTERNALDATE day.
+
+        `internal_date`: ISO 8601 in UTC, or "" where the server gave none.
+        """
+        return f"{self.stream}:processed:{account}:{day_of(internal_date)}"
+
+    def mailbox(self, account: str, mailbox: str) -> MailboxKeys:
+        return MailboxKeys(account, mailbox)
+
+
+def day_of(internal_date: str) -> str:
+    """`2026-01-31T…` → `20260131`; "" → `undated`."""
+    return internal_date[:10].replace("-", "") or "undated"
+
+
+def open_field(account: str, mailbox: str, internal_date: str) -> str:
+    return f"{account}|{mailbox}|{day_of(internal_date)}"

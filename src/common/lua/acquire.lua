@@ -1,0 +1,18 @@
+#!lua flags=allow-oom
+-- Take or renew the lease of a mailbox. It only saves work: the fence is owner + compare-and-set in publish.
+-- KEYS 1 intake hash 2 uidvalidity 3 last_uid   ARGV 1 owner nonce 2 lease in ms (0: give it up, owner only)
+-- -> {OK, epoch} or {HELD, ms until it ends}, both followed by uidvalidity last_uid boundary horizon first_complete passed | GONE
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local lease = tonumber(ARGV[2])
+local state = redis.call('HMGET', KEYS[1], 'owner', 'until', 'lease', 'epoch', 'boundary', 'horizon', 'first_complete', 'passed')
+local known = {redis.call('GET', KEYS[2]) or '', redis.call('GET', KEYS[3]) or '', state[5] or '', state[6] or '', state[7] or '', state[8] or '0'}
+local owner, expires, length, epoch = state[1], tonumber(state[2] or '0'), tonumber(state[3] or '0'), state[4] or '0'
+if owner ~= ARGV[1] then
+  if lease == 0 then return {'GONE'} end
+  -- held only while now < until <= now + length: a clock that stepped back must not hold it for ever
+  if owner and now < expires and expires <= now + length then return {'HELD', tostring(expires - now), unpack(known)} end
+  epoch = tostring(redis.call('HINCRBY', KEYS[1], 'epoch', 1))
+end
+redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'until', string.format('%.0f', now + lease), 'lease', ARGV[2])
+return {'OK', epoch, unpack(known)}

@@ -1,0 +1,166 @@
+"""The connection to Redis: one round trip a call, every foreign error translated here, no retries hidden inside.
+
+redis-py's own defaults repeat a call up to ten times; an XADD whose reply was lost then writes twice. Here a call is sent once.
+Who calls decides whether to repeat it (`src.common.retry`), and every transition is safe to repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from src.common.exceptions import ConfigurationError, GroupMissing, IngestionError, RedisFull, RedisUnavailable, ScriptRefused
+from src.common.scripts import load
+
+Arg = str | bytes | int | float
+Fields = dict[str, str]
+
+NOT_NOW = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "NOREPLICAS", "UNBLOCKED")
+NO_ROOM = ("OOM", "MISCONF")
+NOT_ALLOWED = ("NOAUTH", "WRONGPASS", "NOPERM")
+
+
+class Transport(Protocol):
+    """What is needed of a `redis.Redis`: tests hand in one that fails on demand."""
+
+    def execute_command(self, *args: Arg) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class RedisClient:
+    """Commands and transitions on one server. A context manager: leaving it closes the connections.
+
+    Every method may raise RedisUnavailable (repeat later), RedisFull (OOM or MISCONF: someone must make room), GroupMissing
+    (NOGROUP), ScriptRefused (the data cannot be taken as they are), ConfigurationError (password or ACL).
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    @classmethod
+    def connect(cls, url: str, *, max_connections: int, socket_timeout: float) -> RedisClient:
+        """A client of `url` (redis://, rediss://, unix://). Nothing is sent yet. `socket_timeout` in seconds, above any block time.
+
+        Raises ConfigurationError for an address that cannot be one.
+        """
+        try:
+            transport = redis.Redis.from_url(
+                url,
+                protocol=2,
+                decode_responses=True,
+                encoding_errors="replace",
+                socket_timeout=socket_timeout,
+                socket_connect_timeout=min(socket_timeout, 5.0),
+                retry=Retry(NoBackoff(), 0),
+                max_connections=max_connections,
+                health_check_interval=0,
+            )
+        except ValueError as error:
+            raise ConfigurationError(f"REDIS_URL: {error}") from None
+        transport.response_callbacks.clear()  # replies as RESP2 sends them: no per-command reshaping in the hot path
+        return cls(transport)
+
+    def __enter__(self) -> RedisClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def call(self, *command: Arg) -> Any:
+        """One command, its RESP2 reply with text decoded as UTF-8 (what is not UTF-8 becomes U+FFFD)."""
+        try:
+            return self._transport.execute_command(*command)
+        except (redis.RedisError, OSError) as error:
+            raise translated(error) from error
+
+    def run(self, name: str, keys: Sequence[str], args: Sequence[Arg]) -> Any:
+        """The transition `lua/<name>.lua` in one round trip (EVALSHA; a server that does not know it yet gets it by EVAL)."""
+        script = load(name)
+        try:
+            return self._transport.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
+        except redis.exceptions.NoScriptError:
+            return self.call("EVAL", script.source, len(keys), *keys, *args)
+        except (redis.RedisError, OSError) as error:
+            raise translated(error) from error
+
+    def ping(self) -> None:
+        self.call("PING")
+
+    # streams
+
+    def read_new(self, stream: str, group: str, consumer: str, *, count: int, block_ms: int) -> list[tuple[str, Fields]]:
+        """XREADGROUP … > : up to `count` new entries, waiting up to `block_ms` for the first. [(stream id, fields)]"""
+        reply = self.call("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "BLOCK", block_ms, "STREAMS", stream, ">")
+        return _entries(reply[0][1]) if reply else []
+
+    def entries(self, stream: str, start: str = "-", end: str = "+", *, count: int) -> list[tuple[str, Fields]]:
+        """XRANGE: entries in order of id."""
+        return _entries(self.call("XRANGE", stream, start, end, "COUNT", count))
+
+    def length(self, stream: str) -> int:
+        """XLEN; 0 where there is none."""
+        return int(self.call("XLEN", stream))
+
+    # sets and plain values
+
+    def are_members(self, key: str, members: Sequence[str]) -> list[bool]:
+        """SMISMEMBER: which of `members` stand in the set `key`."""
+        return [reply == 1 for reply in self.call("SMISMEMBER", key, *members)] if members else []
+
+    def hash(self, key: str) -> Fields:
+        """HGETALL; {} where there is none."""
+        return pairs(self.call("HGETALL", key))
+
+    # the server
+
+    def info(self, section: str) -> Fields:
+        """INFO `section` as {name: value}."""
+        lines = str(self.call("INFO", section)).splitlines()
+        return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
+
+    def persists(self) -> bool | None:
+        """Whether the server writes what it holds to disk (append-only file or snapshots); None where it may not be asked."""
+        try:
+            if self.info("persistence").get("aof_enabled") == "1":
+                return True
+            return bool(pairs(self.call("CONFIG", "GET", "save")).get("save"))
+        except (ConfigurationError, ScriptRefused):
+            return None
+
+
+def pairs(reply: Sequence[str] | Mapping[str, str]) -> Fields:
+    """RESP2's flat [name, value, name, value] as a dict."""
+    if isinstance(reply, Mapping):
+        return dict(reply)
+    return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def _entries(reply: Sequence[Any]) -> list[tuple[str, Fields]]:
+    return [(entry[0], pairs(entry[1] or ())) for entry in reply]
+
+
+def translated(error: Exception) -> IngestionError:
+    """The project's error for one of redis-py's, by the code the server put first."""
+    text = str(error)
+    if isinstance(error, redis.exceptions.OutOfMemoryError) or text.startswith(NO_ROOM):
+        return RedisFull(text)
+    if isinstance(error, (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)) or text.startswith(
+        NOT_ALLOWED
+    ):
+        return ConfigurationError(f"Redis refuses us ({text}): check user and password in REDIS_URL and the server's ACL")
+    if isinstance(error, (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError, OSError)) or text.startswith(
+        NOT_NOW
+    ):
+        return RedisUnavailable(text or type(error).__name__)
+    if text.startswith("NOGROUP"):
+        return GroupMissing(text)
+    return ScriptRefused(text)

@@ -1,0 +1,309 @@
+"""The parts of a mail (RFC 2045, 2046): where each begins and ends, and its decoded content.
+
+Pure. The bytes are read once, in order, with a stack of open multiparts: no recursion, no copy of the mail, time linear in
+its size whatever it nests, and every limit is enforced while reading. On well-formed mail the parts are those of the standard
+library's parser (compat32 policy); tests/unit/test_parse.py compares the two.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from collections.abc import Container
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from src.mail.headers import Headers, value_and_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is read of one mail; the rest is left out and named in `defects`. Bytes, but for the counts and `preview`."""
+
+    depth: int = 100
+    parts: int = 1000
+    headers: int = 1000
+    header_bytes: int = 64 * 1024
+    total_header: int = 1 << 20
+    body_text: int = 64 * 1024
+    preview: int = 200
+    addresses: int = 1000
+    dashes: int = 200_000
+    """Lines that begin with "--" and are no delimiter."""
+
+
+_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")
+_MEDIA_TYPE = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]{1,127}/[!#$%&'*+.^_`|~0-9a-z-]{1,127}")
+_LONGEST_BOUNDARY = 1000
+_NOT_BASE64 = bytes(byte for byte in range(256) if not re.match(rb"[A-Za-z0-9+/=]", bytes([byte])))
+
+
+@dataclass
+class Part:
+    """One leaf of the tree. `start` and `end` are offsets of its content, still transfer-encoded, in the mail.
+
+    `alternative` numbers the outermost multipart/alternative around it, or is 0.
+    """
+
+    headers: Headers
+    default_type: str = "text/plain"
+    alternative: int = 0
+    start: int = 0
+    end: int = 0
+
+    @cached_property
+    def _type(self) -> tuple[str, dict[str, str]]:
+        return value_and_parameters(self.headers.get("content-type"))
+
+    @cached_property
+    def _disposition(self) -> tuple[str, dict[str, str]]:
+        return value_and_parameters(self.headers.get("content-disposition"))
+
+    @cached_property
+    def content_type(self) -> str:
+        """RFC 2045 section 5.2: what is missing has the default type, what is malformed is text/plain."""
+        value = self._type[0]
+        if not value:
+            return self.default_type
+        return value if _MEDIA_TYPE.fullmatch(value) else "text/plain"
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return self._type[1]
+
+    @property
+    def disposition(self) -> str:
+        return self._disposition[0]
+
+    @property
+    def file_name(self) -> str:
+        return self._disposition[1].get("filename") or self.parameters.get("name", "")
+
+    @property
+    def boundary(self) -> bytes:
+        """Of a multipart; b"" for any other part and where there is none that could be found."""
+        if not self.content_type.startswith("multipart/"):
+            return b""
+        boundary = self.parameters.get("boundary", "").encode("utf-8", "replace")
+        return boundary if len(boundary) <= _LONGEST_BOUNDARY else b""
+
+
+@dataclass
+class Message:
+    """A mail in parts: its own header as `root.headers`, the leaves in order, what was wrong or left out."""
+
+    root: Part
+    leaves: list[Part] = field(default_factory=list)
+    defects: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Multipart:
+    part: Part
+    children: int = 0
+
+
+def read_message(raw: bytes, limits: Limits) -> Message:
+    """Finds the parts of a mail. Never raises."""
+    reader = _HeaderReader(raw, limits)
+    root = Part(Headers())
+    root.headers, root.start = reader.read(0, ())
+    root.end = len(raw)
+    message = Message(root, defects=reader.defects)
+    stack: list[_Multipart] = []
+    levels: dict[bytes, int] = {}  # boundary -> its place in the stack
+    alternatives = parts = dashes = 0
+
+    def enter(part: Part) -> Part | None:
+        """Opens a multipart and answers None, or answers the leaf that the part is."""
+        nonlocal alternatives
+        if not part.content_type.startswith("multipart/"):
+            return part
+        if not part.boundary:
+            message.defects.append("multipart without a boundary")
+            return Part(Headers(), start=part.start)
+        if len(stack) >= limits.depth:
+            message.defects.append(f"nested deeper than {limits.depth}")
+            return part
+        if part.content_type == "multipart/alternative" and not part.alternative:
+            alternatives += 1
+            part.alternative = alternatives
+        levels.setdefault(part.boundary, len(stack))
+        stack.append(_Multipart(part))
+        return None
+
+    def leave(level: int, end: int) -> None:
+        """Closes every multipart from `level` up at `end`. What stands in one without parts is shown as text."""
+        while len(stack) > level:
+            closed = stack.pop()
+            if levels.get(closed.part.boundary) == len(stack):
+                del levels[closed.part.boundary]
+            if not closed.children and closed.part.start < end:
+                message.defects.append("multipart without parts")
+                message.leaves.append(Part(Headers(), start=closed.part.start, end=end))
+
+    leaf = enter(root)
+    line = root.start
+    while stack:
+        line = _next_dashes(raw, line)
+        if line < 0:
+            break
+        end_of_line = _after_line(raw, line)
+        level, closing = _delimiter(raw[line + 2 : min(end_of_line, line + _LONGEST_BOUNDARY + 8)], levels)
+        if level is None:
+            dashes += 1
+            if dashes > limits.dashes:
+                message.defects.append(f"more than {limits.dashes} lines that begin with two dashes")
+                break
+            line = end_of_line
+            continue
+        end = _before_line_end(raw, line)
+        if leaf is not None:
+            leaf.end = max(leaf.start, end)
+            message.leaves.append(leaf)
+            leaf = None
+        leave(level if closing else level + 1, end)
+        line = end_of_line
+        if closing:
+            continue
+        parts += 1
+        if parts > limits.parts or reader.left <= 0:
+            message.defects.append(f"more than {limits.parts} parts" if reader.left > 0 else "too much header")
+            stack.clear()
+            break
+        inside = stack[-1].part
+        stack[-1].children += 1
+        default_type = "message/rfc822" if inside.content_type == "multipart/digest" else "text/plain"
+        part = Part(Headers(), default_type, inside.alternative)
+        part.headers, part.start = reader.read(line, levels)
+        leaf = enter(part)
+        line = part.start
+    if leaf is not None:
+        leaf.end = len(raw)
+        message.leaves.append(leaf)
+    if stack:
+        message.defects.append("the last delimiter of a multipart is missing")
+        leave(0, len(raw))
+    return message
+
+
+def _next_dashes(raw: bytes, line: int) -> int:
+    """The next line that begins with "--", from the beginning of a line on; -1 if there is none."""
+    if raw.startswith(b"--", line):
+        return line
+    found = raw.find(b"\n--", line)
+    return found + 1 if found >= 0 else -1
+
+
+def _after_line(raw: bytes, at: int) -> int:
+    found = raw.find(b"\n", at)
+    return found + 1 if found >= 0 else len(raw)
+
+
+def _before_line_end(raw: bytes, line: int) -> int:
+    """Where the line before `line` ends: its line end belongs to the delimiter (RFC 2046 section 5.1.1)."""
+    end = line - 1
+    return end - 1 if end > 0 and raw[end - 1] == 0x0D else end
+
+
+def _delimiter(dashed: bytes, levels: dict[bytes, int]) -> tuple[int | None, bool]:
+    """(place in the stack of the multipart that a line delimits, or None; whether it closes it). `dashed`: behind the "--"."""
+    text = dashed.rstrip(b" \t\r\n")
+    if text in levels:
+        return levels[text], False
+    if text.endswith(b"--"):
+        return levels.get(text[:-2]), True
+    return None, False
+
+
+class _HeaderReader:
+    """Reads header blocks while there is header left to read; `left` bytes for the whole mail."""
+
+    def __init__(self, raw: bytes, limits: Limits) -> None:
+        self._raw = raw
+        self._limits = limits
+        self.left = limits.total_header
+        self.defects: list[str] = []
+
+    def read(self, start: int, boundaries: Container[bytes]) -> tuple[Headers, int]:
+        """The header that begins at `start`, and where the content behind it does.
+
+        It ends at an empty line, at a line that is no field, at a delimiter of one of `boundaries`, or with the bytes left.
+        """
+        raw, limits = self._raw, self._limits
+        headers = Headers()
+        name, first, last = "", 0, 0  # the field being read: raw[first:last]
+        line = start
+        while line < len(raw):
+            after = _after_line(raw, line)
+            if after - start > self.left:
+                self.defects.append(f"more than {limits.total_header} bytes of header")
+                line = _skip_header(raw, line) if start == 0 else line
+                self._keep(headers, name, first, min(last, start + self.left))
+                self.left = 0
+                return headers, line
+            if name and raw[line] in b" \t":
+                last = after
+                line = after
+                continue
+            text = raw[line : min(after, line + 4096)]
+            if not text.strip(b"\r\n"):
+                line = after
+                break
+            if text.startswith(b"--") and text[2:].rstrip(b" \t\r\n").removesuffix(b"--") in boundaries:
+                break
+            match = _FIELD.match(text)
+            if match is None and not text.startswith((b"From ", b">From ", b":")):
+                self.defects.append("a line of the header is no field")
+                break
+            self._keep(headers, name, first, last)
+            name = match[1].decode("ascii").lower() if match else ""
+            first, last = line + (match.end() if match else 0), after
+            line = after
+        self._keep(headers, name, first, last)
+        self.left -= line - start
+        return headers, line
+
+    def _keep(self, headers: Headers, name: str, first: int, last: int) -> None:
+        if not name:
+            return
+        if len(headers.fields) >= self._limits.headers:
+            self.defects.append(f"more than {self._limits.headers} header fields")
+            return
+        if last - first > self._limits.header_bytes:
+            self.defects.append(f"a header field of more than {self._limits.header_bytes} bytes")
+            last = first + self._limits.header_bytes
+        headers.fields.append((name, self._raw[first:last]))
+
+
+def _skip_header(raw: bytes, at: int) -> int:
+    """Where the content begins behind the next empty line."""
+    ends = [found + len(mark) for mark in (b"\n\r\n", b"\n\n") if (found := raw.find(mark, at)) >= 0]
+    return min(ends, default=len(raw))
+
+
+def content(raw: bytes, part: Part, most: int | None = None) -> tuple[bytes, str]:
+    """(decoded content, defect or "") of a part. `most`: decode only about that many of its encoded bytes."""
+    end = part.end if most is None else min(part.end, part.start + most)
+    encoding = part.headers.get("content-transfer-encoding").partition(";")[0].strip().lower()
+    if encoding == "base64":
+        return _base64(raw, part.start, end, cut=end < part.end)
+    if encoding == "quoted-printable":
+        return binascii.a2b_qp(memoryview(raw)[part.start : end]), ""
+    known = encoding in ("", "7bit", "8bit", "binary")
+    return raw[part.start : end], "" if known else "unknown transfer encoding, content left as it is"
+
+
+def _base64(raw: bytes, start: int, end: int, *, cut: bool) -> tuple[bytes, str]:
+    """Decodes what can be decoded. What stands behind the padding is left out, what is no base64 is passed over."""
+    blanks = sum(raw.count(blank, start, end) for blank in (b"\n", b"\r", b" ", b"\t"))
+    letters = end - start - blanks - raw.count(b"=", start, end)
+    try:
+        decoded = binascii.a2b_base64(memoryview(raw)[start:end])
+    except binascii.Error:
+        kept = raw[start:end].translate(None, _NOT_BASE64).partition(b"=")[0]
+        decoded = binascii.a2b_base64(kept[: len(kept) - (len(kept) % 4 == 1)] + b"==")
+    else:
+        if cut or len(decoded) == letters * 3 // 4:
+            return decoded, ""
+    return decoded or raw[start:end], "" if cut else "broken base64"

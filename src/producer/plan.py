@@ -1,0 +1,161 @@
+"""What to read next: from what Redis knows, what the marker file knows and what the folder shows. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, timedelta
+from typing import Literal
+
+from src.common.clock import iso
+
+NEVER = "9999-12-31T00:00:00Z"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How far a mailbox was read. Dates are ISO 8601 in UTC, "" the beginning of time.
+
+    Every UID up to `last_uid` has a recorded fate. A UID up to `horizon` counts only if its INTERNALDATE is not before `boundary`
+    (it was there when the read began); above it every mail counts. `first_complete`: the first read of the mailbox came to its end.
+    `passed`: how many mails were left out by date.
+    """
+
+    uidvalidity: int
+    last_uid: int
+    boundary: str
+    horizon: int
+    first_complete: bool
+    passed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What the marker file on disk remembers for the day Redis forgets.
+
+    `oldest`: INTERNALDATE day (ISO date) of the oldest mail that was not finished, "" if that may be any.
+    """
+
+    state: State
+    oldest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How a session begins: the state to go on from, and why, for the log."""
+
+    kind: Literal["first", "continue", "walk", "lost"]
+    state: State
+    why: str
+
+
+def opening(
+    state: State | None, marker: Marker | None, *, uidvalidity: int, highest: int, newest: str, threshold: str, traces: str | None
+) -> Opening:
+    """Decide how to begin.
+
+    `highest`, `newest`: UID and INTERNALDATE of the folder's last mail (0, "" if it is empty). `threshold`: from when the first read
+    takes mail (`first_threshold`). `traces`: oldest day that other keys of this mailbox tell of, None if there are none.
+    """
+    if state is not None and state.uidvalidity == uidvalidity:
+        return Opening("continue", state, "")
+    if state is not None:
+        return Opening(
+            "walk",
+            replace(state, uidvalidity=uidvalidity, last_uid=0, horizon=highest),
+            f"UIDVALIDITY changed from {state.uidvalidity} to {uidvalidity}: walking the folder, known mail is recognised",
+        )
+    if marker is not None:
+        return _lost(marker, uidvalidity, highest)
+    if traces is not None:
+        boundary = _day_before(traces)
+        return Opening(
+            "lost",
+            State(uidvalidity, 0, boundary, highest, first_complete=False),
+            f"the state is gone from Redis while mail of this mailbox is there: reading again from {boundary[:10] or 'the beginning'}",
+        )
+    # The server's own dates decide later, never our clock: a boundary after the newest mail would swallow what comes next.
+    boundary = threshold if threshold <= newest else newest
+    if threshold == NEVER:
+        return Opening("first", State(uidvalidity, highest, boundary, 0, first_complete=True), "first read: new mail only")
+    return Opening(
+        "first",
+        State(uidvalidity, 0, boundary, highest, first_complete=False),
+        f"first read: mail since {threshold[:10] or 'ever'}",
+    )
+
+
+def _lost(marker: Marker, uidvalidity: int, highest: int) -> Opening:
+    """Redis forgot the mailbox, the disk did not: never start at new."""
+    known = marker.state
+    boundary = max(known.boundary, _day_before(marker.oldest)) if known.first_complete else known.boundary
+    horizon = max(known.last_uid, known.horizon) if known.uidvalidity == uidvalidity else highest
+    return Opening(
+        "lost",
+        State(uidvalidity, 0, boundary, min(horizon, highest), known.first_complete),
+        f"the state is gone from Redis: reading again from {boundary[:10] or 'the beginning'}, effects since may repeat",
+    )
+
+
+def first_threshold(initial_sync: str, now: datetime) -> str:
+    """INITIAL_SYNC as the INTERNALDATE from which the first read takes mail: "" takes all, NEVER none."""
+    if initial_sync == "all":
+        return ""
+    if initial_sync == "new":
+        return NEVER
+    since = initial_sync.removeprefix("since:")
+    if since.endswith("d"):
+        return iso(now - timedelta(days=int(since[:-1])))
+    return f"{date.fromisoformat(since).isoformat()}T00:00:00Z"
+
+
+def _day_before(day: str) -> str:
+    return iso(datetime.combine(date.fromisoformat(day), datetime.min.time(), UTC) - timedelta(days=1)) if day else ""
+
+
+def search_day(state: State) -> date | None:
+    """The day for SEARCH SINCE that surely shows every mail from the boundary on (the server's zone may be a day off); None: all."""
+    if not state.boundary or state.last_uid >= state.horizon:
+        return None
+    return datetime.fromisoformat(state.boundary).date() - timedelta(days=1)
+
+
+def candidates(state: State, listed: Sequence[int], dated: Collection[int] | None) -> list[int]:
+    """UIDs to look at, ascending: those above the horizon, and below it those that SEARCH SINCE named (`dated`; None: all)."""
+    above = [uid for uid in listed if uid > state.last_uid]
+    return above if dated is None else [uid for uid in above if uid > state.horizon or uid in dated]
+
+
+def counts(state: State, uid: int, internal_date: str, forgotten_before: str) -> bool:
+    """Whether a mail that is known nowhere is to be published.
+
+    `forgotten_before`: mail older than this was finished so long ago that its processed id may have expired.
+    """
+    if uid > state.horizon or not internal_date:
+        return True
+    if internal_date < state.boundary:
+        return False
+    return not (state.first_complete and internal_date < forgotten_before)
+
+
+def prefix(uids: Sequence[int], present: Collection[int]) -> tuple[list[int], list[int]]:
+    """(the leading UIDs that are present, all that are absent): only the contiguous prefix may be published."""
+    absent = [uid for uid in uids if uid not in present]
+    return ([uid for uid in uids if uid < absent[0]] if absent else list(uids)), absent
+
+
+def advanced(state: State, last_uid: int, *, passed: int = 0) -> State:
+    return replace(state, last_uid=max(state.last_uid, last_uid), passed=state.passed + passed)
+
+
+def finished(state: State, highest: int) -> State:
+    """Everything listed has its fate: the read by date is over, from here on every mail counts."""
+    return replace(state, last_uid=max(state.last_uid, highest), horizon=0, first_complete=True)
+
+
+def oldest_open(fields: Iterable[str], account: str, mailbox: str) -> str:
+    """The oldest day (ISO date) among the fields of `Keys.open` of this mailbox; "" if there is none."""
+    start = f"{account}|{mailbox}|"
+    days = [field[len(start) :] for field in fields if field.startswith(start)]
+    dated = sorted(day for day in days if day.isdigit())
+    return f"{dated[0][:4]}-{dated[0][4:6]}-{dated[0][6:]}" if dated else ""

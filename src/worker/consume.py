@@ -1,0 +1,284 @@
+"""The story of a delivery: take it, begin it, handle it, settle it. No thread is started here; the daemon and the tests bring theirs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from config.settings import StreamSettings, WorkSettings
+from src.common.batch import each_answered
+from src.common.clock import Clock
+from src.common.exceptions import ScriptRefused
+from src.worker import dlq, idempotency, recovery
+from src.worker.backoff import Policy
+from src.worker.delivery import Delivery, Seat
+from src.worker.dlq import Failed, Failure
+from src.worker.idempotency import Begun, Done
+from src.worker.processor import Handler, handle
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A mail whose handler is to run now. `attempts`: failed ones so far."""
+
+    delivery: Delivery
+    attempts: int
+
+
+@dataclass
+class Consumer:
+    """One consumer of the group. Its methods may be called from several threads; each may raise what RedisClient raises."""
+
+    seat: Seat
+    stream: StreamSettings
+    work: WorkSettings
+    handler: Handler
+    clock: Clock
+    chance: Callable[[], float]
+    counts: Counter[str] = field(default_factory=Counter)
+    blocked: str = ""
+
+    def __post_init__(self) -> None:
+        work = self.work
+        self.policy = Policy(work.max_attempts, work.backoff_base, work.backoff_factor, work.backoff_cap)
+        self.settled = threading.Condition()
+        self._in_flight: dict[str, Delivery] = {}
+        self._unbegun: list[Delivery] = []
+        self._suspects: deque[Delivery] = deque()
+        self._next_look = 0.0
+
+    def in_flight(self) -> int:
+        with self.settled:
+            return len(self._in_flight)
+
+    # take and begin
+
+    def take(self, room: int) -> list[Started]:
+        """One turn: up to `room` mails to start now; waits up to the block time for new ones.
+
+        Suspects first: a mail whose last start never finished runs when nothing else is in flight, and nothing is read beside it.
+        """
+        if self._suspects:
+            return self._take_suspect()
+        if self.clock.monotonic() >= self._next_look and self._look_around():
+            self._taken(recovery.promote(self.seat, most=room))
+            self._taken(self._recover(room))
+        if self.blocked:
+            self._wait()
+        elif len(self._unbegun) < room:
+            self._taken(self._read_new(room - len(self._unbegun)))
+        return self._begin()
+
+    def _read_new(self, most: int) -> list[Delivery]:
+        until_look = self._next_look - self.clock.monotonic()
+        fresh = self.seat.redis.read_new(
+            self.seat.keys.stream,
+            self.seat.group,
+            self.seat.consumer,
+            count=min(most, self.work.batch_size),
+            block_ms=1 if self._unbegun else max(1, min(self.work.block_ms, round(until_look * 1000))),
+        )
+        return [Delivery(stream_id, 1, fields) for stream_id, fields in fresh]
+
+    def _wait(self) -> None:
+        """Until something is settled, at most a tick."""
+        with self.settled:
+            self.settled.wait(timeout=self.work.recovery_tick)
+
+    def _look_around(self) -> bool:
+        """Once a tick: may we take on work? The dead letters decide, and a schema that we do not know."""
+        self._next_look = self.clock.monotonic() + self.work.recovery_tick
+        if self.blocked.startswith("schema"):
+            return False
+        dead = self.seat.redis.length(self.seat.keys.dlq)
+        blocked = f"{dead} dead letters (DLQ_MAX={self.stream.dlq_max})" if dead >= self.stream.dlq_max else ""
+        if blocked and not self.blocked:
+            log.error(
+                "%s: reading stops. Look: python scripts/dlq.py list. Then: python scripts/dlq.py replay|discard --all", blocked
+            )
+        elif self.blocked and not blocked:
+            log.info("%d dead letters, below DLQ_MAX=%d: reading again", dead, self.stream.dlq_max)
+        self.blocked = blocked
+        return not blocked
+
+    def _recover(self, room: int) -> list[Delivery]:
+        with self.settled:
+            mine = list(self._in_flight)
+        found = recovery.recover(self.seat, lease=self.work.lease, most=room, in_flight=mine)
+        if found:
+            self.counts["recovered"] += len(found)
+            log.info("recovered %d mails that nobody renewed for %g s", len(found), self.work.lease)
+        return found
+
+    def _taken(self, mails: Sequence[Delivery]) -> None:
+        """From the moment it is delivered a mail is ours: to renew, and to begin until each was judged, whatever call fails."""
+        self._unbegun += mails
+        with self.settled:
+            self._in_flight.update((mail.stream_id, mail) for mail in mails)
+
+    def _drop(self, mails: Sequence[Delivery]) -> None:
+        with self.settled:
+            for mail in mails:
+                self._in_flight.pop(mail.stream_id, None)
+            self.settled.notify_all()
+
+    def _begin(self) -> list[Started]:
+        newer = [mail for mail in self._unbegun if mail.newer]
+        if newer:
+            self._refuse_newer(newer)
+        foreign = [mail for mail in self._unbegun if mail.foreign and not mail.newer]
+        if foreign:
+            self.settle(
+                [Failure(mail, "foreign", reason="foreign", error_type="Foreign", error=mail.foreign) for mail in foreign]
+            )
+        ours = self._unbegun = [mail for mail in self._unbegun if not mail.foreign and not mail.newer]
+        answers = each_answered(lambda mails: self._begun(mails, solo=False), ours)
+        self._unbegun = []
+        started = []
+        for mail, answer in zip(ours, answers, strict=True):
+            if isinstance(answer, Begun) and answer.verdict == "SUSPECT":
+                self._suspects.append(mail)
+            elif isinstance(answer, Begun) and answer.verdict == "GO":
+                started.append(Started(mail, answer.attempts))
+            else:
+                self._not_started(mail, answer)
+        duplicates = sum(1 for answer in answers if isinstance(answer, Begun) and answer.verdict == "DUP")
+        if duplicates:
+            log.info("dropped %d duplicates", duplicates)
+        self.counts["started"] += len(started)
+        return started
+
+    def _take_suspect(self) -> list[Started]:
+        with self.settled:
+            if len(self._in_flight) > len(self._suspects):
+                self.settled.wait(timeout=self.work.recovery_tick)
+                return []
+        mail = self._suspects[0]
+        [answer] = each_answered(lambda mails: self._begun(mails, solo=True), [mail])
+        self._suspects.popleft()
+        if isinstance(answer, Begun) and answer.verdict == "GO":
+            self.counts["started"] += 1
+            log.info("%s did not finish its last start: it runs alone now", mail.email_id)
+            return [Started(mail, answer.attempts)]
+        self._not_started(mail, answer)
+        return []
+
+    def _begun(self, mails: Sequence[Delivery], *, solo: bool) -> list[Begun]:
+        return idempotency.begin(self.seat, mails, solo=solo, poison_starts=self.work.poison_starts, now=self.clock.wall())
+
+    def _not_started(self, mail: Delivery, answer: Begun | ScriptRefused) -> None:
+        if isinstance(answer, ScriptRefused):
+            log.error(
+                "Redis refuses to begin %s: %s. It stays in the stream and is tried again after its lease.", mail.email_id, answer
+            )
+            self.counts["refused"] += 1
+        elif answer.verdict == "POISON":
+            log.error("%s was started alone %d times and never finished: buried", mail.email_id, self.work.poison_starts)
+            self.counts["dead"] += 1
+        elif answer.verdict == "DUP":
+            log.debug("duplicate of %s dropped", mail.email_id)
+            self.counts["duplicates"] += 1
+        else:
+            log.debug("%s is no longer ours", mail.email_id)
+            self.counts["lost"] += 1
+        self._drop([mail])
+
+    def _refuse_newer(self, newer: list[Delivery]) -> None:
+        recovery.release(self.seat, newer)
+        self._drop(newer)
+        self.blocked = f"schema {newer[0].fields['schema']}"
+        log.error(
+            "an entry of %s, which this worker does not know: it is left alone and reading stops. Upgrade this worker.",
+            self.blocked,
+        )
+
+    # handle and settle
+
+    def handle(self, started: Started) -> Done | Failure:
+        """Run the user's handler on a mail. Touches neither Redis nor the clock."""
+        return handle(
+            self.handler,
+            started.delivery,
+            started.attempts,
+            policy=self.policy,
+            chance=self.chance,
+            result_max=self.stream.result_max_bytes,
+        )
+
+    def settle(self, outcomes: Sequence[Done | Failure]) -> None:
+        """Record what became of mails, each by its own verdict. Safe to repeat after an error."""
+        done = [outcome for outcome in outcomes if isinstance(outcome, Done)]
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+        for finished, verdict in zip(done, each_answered(self._complete, done), strict=True):
+            self._log_done(finished, verdict)
+        self._drop([finished.delivery for finished in done])
+        for failure, answer in zip(failures, each_answered(self._fail, failures), strict=True):
+            self._log_failed(failure, answer)
+        self._drop([failure.delivery for failure in failures])
+
+    def _complete(self, done: Sequence[Done]) -> list[idempotency.Settled]:
+        stream = self.stream
+        return idempotency.complete(
+            self.seat,
+            done,
+            processed_days=stream.processed_days,
+            results_max=stream.results_max,
+            results_days=stream.results_days,
+        )
+
+    def _fail(self, failures: Sequence[Failure]) -> list[Failed]:
+        return dlq.fail(self.seat, failures, now=self.clock.wall())
+
+    def _log_done(self, done: Done, verdict: idempotency.Settled | ScriptRefused) -> None:
+        email_id = done.delivery.email_id
+        if verdict in ("OK", "ALREADY"):
+            self.counts["done"] += 1
+        elif verdict == "LOST":
+            self.counts["lost"] += 1
+            log.warning(
+                "%s was finished after its lease had run out: another worker has it, its effect may be repeated", email_id
+            )
+        else:
+            self.counts["refused"] += 1
+            log.error("Redis refuses to complete %s: %s. It is tried again after its lease.", email_id, verdict)
+
+    def _log_failed(self, failure: Failure, answer: Failed | ScriptRefused) -> None:
+        email_id, error = failure.delivery.email_id, f"{failure.error_type}: {failure.error}"
+        if isinstance(answer, ScriptRefused):
+            self.counts["refused"] += 1
+            log.error("Redis refuses to record the failure of %s: %s. It is tried again after its lease.", email_id, answer)
+        elif answer.verdict in ("RETRY", "POSTPONED", "ALREADY"):
+            self.counts["retried"] += 1
+            log.warning("attempt %d of %s failed (%s), next in %.1f s", answer.attempts, email_id, error, failure.delay)
+        elif answer.verdict == "DEAD":
+            self.counts["dead"] += 1
+            log.error("%s is dead after %d attempts (%s)", email_id, answer.attempts, error)
+        elif answer.verdict == "GONE":
+            log.error("%s was deleted from the stream by someone else while it was handled", email_id)
+        else:
+            self.counts["lost"] += 1
+            log.warning("%s failed after its lease had run out: another worker has it", email_id)
+
+    # keep and hand back
+
+    def renew(self) -> None:
+        """Renew the leases of everything in flight."""
+        with self.settled:
+            mine = list(self._in_flight.values())
+        for stream_id in recovery.renew(self.seat, mine):
+            log.debug("the lease of %s is lost", stream_id)
+
+    def hand_back(self) -> int:
+        """Release what is in flight; how many mails that were."""
+        with self.settled:
+            mine = list(self._in_flight.values())
+        released = recovery.release(self.seat, mine)
+        self._suspects.clear()
+        self._unbegun = []
+        self._drop(mine)
+        return released

@@ -1,0 +1,65 @@
+"""begin and complete: the two transitions between which a handler runs, and the processed sets that make its mail count once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from src.common.clock import iso
+from src.worker.delivery import Delivery, Seat, numbered, place_of
+
+Verdict = Literal["GO", "SUSPECT", "DUP", "LOST", "POISON"]
+Settled = Literal["OK", "ALREADY", "LOST"]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """`attempts`: failed attempts so far."""
+
+    verdict: Verdict
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    delivery: Delivery
+    outcome: str
+    result: str
+
+
+def begin(seat: Seat, mails: Sequence[Delivery], *, solo: bool, poison_starts: int, now: datetime) -> list[Begun]:
+    """Mark each mail as started, in one round trip; one answer a mail.
+
+    GO: run the handler. SUSPECT: its last start never finished; begin it again with `solo` when it is alone in this process. DUP: done
+    before, acknowledged now. LOST: no longer ours. POISON: `poison_starts` solo starts never finished, buried now.
+    """
+    places = [place_of(seat.keys, mail.fields) for mail in mails]
+    sets, number = numbered(place.processed for place in places)
+    keys = seat.keys
+    args: list[str | int] = [seat.group, seat.consumer, poison_starts, int(solo), iso(now)]
+    for mail, place in zip(mails, places, strict=True):
+        args += [mail.stream_id, mail.count, place.email_id, place.member, number[place.processed], place.open_field]
+    reply = seat.redis.run("begin", [keys.stream, keys.index, keys.starts, keys.tries, keys.dlq, keys.open, *sets], args)
+    return [Begun(verdict, int(attempts)) for verdict, attempts in reply]
+
+
+def complete(seat: Seat, done: Sequence[Done], *, processed_days: float, results_max: int, results_days: float) -> list[Settled]:
+    """Write result and processed id, acknowledge and delete, in one round trip; one answer a mail. Safe to repeat."""
+    places = [place_of(seat.keys, mail.delivery.fields) for mail in done]
+    sets, number = numbered(place.processed for place in places)
+    keys = seat.keys
+    args: list[str | int] = [seat.group, seat.consumer, round(processed_days * 86_400), results_max, round(results_days * 86_400)]
+    for mail, place in zip(done, places, strict=True):
+        args += [
+            mail.delivery.stream_id,
+            mail.delivery.count,
+            place.email_id,
+            place.member,
+            number[place.processed],
+            place.open_field,
+        ]
+        args += [mail.outcome, mail.result]
+    reply = seat.redis.run("complete", [keys.stream, keys.index, keys.starts, keys.tries, keys.results, keys.open, *sets], args)
+    return list(reply)

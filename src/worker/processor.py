@@ -1,0 +1,112 @@
+"""The user's code: loaded and checked once, called for each mail; and the built-in handler that runs without any."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+import traceback
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from src.common.correlation import correlated
+from src.common.exceptions import ConfigurationError, Permanent
+from src.mail.record import Email
+from src.worker.backoff import Policy, decide
+from src.worker.delivery import Delivery
+from src.worker.dlq import Failure
+from src.worker.idempotency import Done
+
+TRACEBACK_FRAMES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a handler is told beside the mail.
+
+    idempotency_key: stable for this mail, whoever delivers it how often: hand it to outside systems. attempt: from 1.
+    replays: how often the mail came back from the dead letters. log: its lines carry the mail's correlation id.
+    """
+
+    idempotency_key: str
+    attempt: int
+    replays: int
+    log: logging.LoggerAdapter[logging.Logger]
+
+
+Handler = Callable[[Email, Context], dict[str, Any] | None]
+
+
+def load_handler(spec: str | None) -> Handler:
+    """`package.module:function` → the function. Raises ConfigurationError with the reason."""
+    if spec is None:
+        return summarize
+    module_name, _, name = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # user code: importing it may raise anything
+        raise ConfigurationError(
+            f"WORKER_HANDLER={spec}: cannot import {module_name} ({type(error).__name__}: {error})"
+        ) from error
+    handler = getattr(module, name, None)
+    if not callable(handler):
+        raise ConfigurationError(f"WORKER_HANDLER={spec}: {module_name} has no function {name}")
+    if inspect.iscoroutinefunction(handler):
+        raise ConfigurationError(f"WORKER_HANDLER={spec}: {name} is async; a handler is a plain function for now")
+    try:
+        inspect.signature(handler).bind(None, None)
+    except TypeError:
+        raise ConfigurationError(f"WORKER_HANDLER={spec}: {name} must take (email, context)") from None
+    return handler  # type: ignore[no-any-return]  # what it returns is checked at each call
+
+
+def summarize(email: Email, context: Context) -> dict[str, Any]:
+    """The built-in handler: one log line and a summary as the result."""
+    context.log.info("mail from %s: %s", email.sender.address or "unknown", email.subject or "(no subject)")
+    return {
+        "from": email.sender.address,
+        "subject": email.subject,
+        "text_characters": len(email.text),
+        "attachments": len(email.attachments),
+        "defects": list(email.defects),
+    }
+
+
+class _HandlerLog(logging.LoggerAdapter[logging.Logger]):
+    def process(self, msg: object, kwargs: MutableMapping[str, Any]) -> tuple[object, MutableMapping[str, Any]]:
+        return msg, kwargs
+
+
+HANDLER_LOG = _HandlerLog(logging.getLogger("handler"))
+
+
+def handle(
+    handler: Handler, delivery: Delivery, attempts: int, *, policy: Policy, chance: Callable[[], float], result_max: int
+) -> Done | Failure:
+    """Run `handler` on one mail and decide what becomes of it. `attempts`: failed ones so far. Raises nothing of the handler's."""
+    context = Context(delivery.email_id, attempts + 1, delivery.replays, HANDLER_LOG)
+    with correlated(delivery.correlation_id):
+        try:
+            return Done(delivery, "done", encoded(handler(Email(delivery.fields), context), result_max))
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the handler's edge: whatever it raises is its mail's fate
+            decision = decide(error, attempts, policy, chance())
+            frames = "".join(traceback.format_exception(error, limit=-TRACEBACK_FRAMES))
+            return Failure(delivery, decision.verb, decision.delay, decision.reason, type(error).__name__, str(error), frames)
+
+
+def encoded(result: object, most: int) -> str:
+    """A handler's result as JSON of at most `most` bytes. Raises Permanent: repeating the handler would not change it."""
+    if result is None:
+        return "{}"
+    if not isinstance(result, dict):
+        raise Permanent(f"the handler returned {type(result).__name__}; it returns a dict or None")
+    try:
+        text = json.dumps(result, ensure_ascii=False, separators=(",", ":"))
+        size = len(text.encode())
+    except (TypeError, ValueError) as error:
+        raise Permanent(f"the handler's result is not JSON: {error}") from error
+    if size > most:
+        raise Permanent(f"the handler's result has {size} bytes of JSON; RESULT_MAX_BYTES is {most}")
+    return text
