@@ -27,6 +27,7 @@ from src.common.clock import Clock
 from src.sandbox.server import Sandbox
 from tests.support.wait import until
 
+ROOT = Path(__file__).parents[2]
 ME = "me@gmail.example"
 LETTER = b"Subject: hello\r\nFrom: a@b.example\r\n\r\nhi\r\n"
 
@@ -722,7 +723,7 @@ def test_the_command_serves_until_sigterm(tmp_path: Path) -> None:
     """python -m src.sandbox: state and token files appear, mail is there, SIGTERM ends it with 0 and takes the state away."""
     state_file = tmp_path / "state.json"
     arguments = ["--token-dir", str(tmp_path), "--state-file", str(state_file), "--emails", "3", "--account", ME]
-    process = subprocess.Popen([sys.executable, "-m", "src.sandbox", *arguments], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "src.sandbox", *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         until(state_file.exists, what="the state file")
         state = json.loads(state_file.read_text())
@@ -746,13 +747,15 @@ def test_several_accounts_get_a_token_file_each(tmp_path: Path) -> None:
     state_file = tmp_path / "state.json"
     common = ["--token-dir", str(tmp_path), "--state-file", str(state_file), "--emails", "0"]
     command = [sys.executable, "-m", "src.sandbox", *common, "--account", ME, "--account", "you@gmail.example"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
     try:
         until(state_file.exists, what="the state file")
         assert {path.name for path in tmp_path.glob("*@*")} == {f"{ME}.json", "you@gmail.example.json"}
         port = str(json.loads(state_file.read_text())["imap_port"])
         second = [sys.executable, "-m", "src.sandbox", "--imap-port", port, "--token-dir", str(tmp_path / "b")]
-        refused = subprocess.run([*second, "--state-file", str(tmp_path / "c")], capture_output=True, text=True, timeout=20)
+        refused = subprocess.run(
+            [*second, "--state-file", str(tmp_path / "c")], capture_output=True, text=True, timeout=20, cwd=ROOT
+        )
     finally:
         process.kill()
         process.wait()
