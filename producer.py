@@ -63,20 +63,21 @@ def main() -> int:
         print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201  # the one line a wrong setting gets
         return 2
     except Transient as error:
-        print(f"producer.py: stopped while waiting: {error}", file=sys.stderr)  # noqa: T201
-        return shutdown.exit_code
+        print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201
+        return shutdown.exit_code if shutdown.requested else 1
 
 
 def run(settings: Settings, shutdown: Shutdown, *, once: bool, dry: bool) -> int:
     from src.common.embedded import open_redis  # after the settings: --help and a wrong setting answer at once
-    from src.producer.daemon import NoUsableToken, Producer
+    from src.producer.daemon import NoUsableToken, Producer, token_sources
     from src.producer.offline import print_preview
 
     try:
         if dry:
             return print_preview(settings, SYSTEM, sys.stdout)
+        sources = token_sources(settings, SYSTEM)
         with open_redis(settings, shutdown) as redis:
-            producer = Producer(settings, redis, shutdown, SYSTEM)
+            producer = Producer(settings, sources, redis, shutdown, SYSTEM)
             producer.run_once() if once else producer.run()
     except NoUsableToken as error:
         print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201

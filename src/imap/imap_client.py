@@ -43,6 +43,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # binascii.Error are ValueErrors, SSLError and time outs are OSErrors, nested brackets end in RecursionError).
 FOREIGN = (OSError, imaplib.IMAP4.error, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
+_MESSAGE_ID = re.compile(rb"^message-id[ \t]*:[ \t]*\S", re.IGNORECASE | re.MULTILINE)
+
 # Refusals that say nothing about the token: response codes of RFC 5530 and Gmail's own codes and sentences.
 _THROTTLED = re.compile(
     r"\[(UNAVAILABLE|INUSE|LIMIT|OVERQUOTA|THROTTLED|SERVERBUG)\b"
@@ -72,7 +74,8 @@ class Meta:
 
     `internal_date`: ISO 8601 in UTC with `Z`, "" where the server gives none. `size`: RFC822.SIZE in bytes. `gm_*`:
     decimal strings and labels, "" and () where the server is not Gmail. `header`: the first 64 KiB of the header there,
-    b"" on Gmail.
+    b"" on Gmail. `start`: the first 64 KiB of the mail where that header has no Message-ID, else b"": two such mails may share
+    a header.
     """
 
     uid: int
@@ -82,6 +85,7 @@ class Meta:
     gm_thrid: str
     gm_labels: tuple[str, ...]
     header: bytes
+    start: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,15 @@ class ImapMailbox:
         items = ["INTERNALDATE", "RFC822.SIZE"]
         items += ["X-GM-MSGID", "X-GM-THRID", "X-GM-LABELS"] if self.folder.gmail else [f"BODY.PEEK[HEADER]<0.{HEADER_BYTES}>"]
         answers = self._fetch(uids, items)
-        return {uid: meta for uid, answer in answers.items() if (meta := _meta(uid, answer, self.folder.gmail)) is not None}
+        metas = {uid: meta for uid, answer in answers.items() if (meta := _meta(uid, answer, self.folder.gmail)) is not None}
+        alike = [uid for uid, meta in metas.items() if not self.folder.gmail and not _MESSAGE_ID.search(meta.header)]
+        starts = self._fetch(alike, [f"BODY.PEEK[]<0.{HEADER_BYTES}>"]) if alike else {}
+        for uid in alike:
+            start = starts.get(uid, {}).get(b"BODY[]<0>")
+            meta = metas.pop(uid)
+            if isinstance(start, bytes):
+                metas[uid] = replace(meta, start=start)
+        return metas
 
     def bodies(self, uids: Sequence[int]) -> dict[int, bytes]:
         """Whole messages, byte for byte. An absent one may be gone, or an OK without data: `has` tells them apart."""

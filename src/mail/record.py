@@ -371,15 +371,16 @@ def hashed_email_id(account: str, *parts: bytes) -> str:
     return _checked(f"h:{account}:{digest.hexdigest()}")
 
 
-def header_email_id(account: str, internal_date: str, size: int, header: bytes) -> str:
+def header_email_id(account: str, internal_date: str, size: int, header: bytes, start: bytes = b"") -> str:
     """The id of a mail on a server without X-GM-MSGID: INTERNALDATE (UTC), RFC822.SIZE in bytes, and the header.
 
     `header` may be BODY[HEADER] or any prefix of the mail that holds the whole header: what follows the first empty line is
-    left out, so a stub and the whole mail have the same id.
+    left out, so a stub and the whole mail have the same id. `start`: the first 64 KiB of a mail without Message-ID, whose header
+    may be another mail's too.
     """
     end = _END_OF_HEADER.search(header)
     header = (header[: end.start()] if end else header).rstrip(b"\r\n")
-    return hashed_email_id(account, internal_date.encode(), str(size).encode(), header)
+    return hashed_email_id(account, internal_date.encode(), str(size).encode(), header, start)
 
 
 def in_mailbox_scope(email_id: str, mailbox: str) -> str:

@@ -6,6 +6,7 @@ import logging
 import secrets
 import threading
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from config.settings import Settings
@@ -69,9 +70,11 @@ def imap_endpoint(settings: Settings) -> ImapEndpoint:
 
 
 class Producer:
-    """Raises NoUsableToken and ConfigurationError from the start on; afterwards each mailbox keeps its troubles to itself."""
+    """`sources`: see `token_sources`. Once it runs each mailbox keeps its troubles to itself."""
 
-    def __init__(self, settings: Settings, redis: RedisClient, shutdown: Shutdown, clock: Clock) -> None:
+    def __init__(
+        self, settings: Settings, sources: Mapping[str, TokenSource], redis: RedisClient, shutdown: Shutdown, clock: Clock
+    ) -> None:
         self.settings = settings
         self.shutdown = shutdown
         self.clock = clock
@@ -94,7 +97,6 @@ class Producer:
                 beats=self.beats,
             )
 
-        sources = token_sources(settings, clock)
         self.mailboxes = [
             mailbox(account, name, tokens) for account, tokens in sources.items() for name in settings.mail.mailboxes
         ]

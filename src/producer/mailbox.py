@@ -16,6 +16,7 @@ from src.common.correlation import correlated
 from src.common.exceptions import (
     ConfigurationError,
     ImapIncomplete,
+    ImapUnavailable,
     LoginRefused,
     MailboxMissing,
     ReauthRequired,
@@ -115,8 +116,8 @@ class Mailbox:
             except ImapIncomplete as error:
                 log.warning("%s: %s; asking again", self.title, error)
                 self._pause(self.settings.mail.incomplete_wait)
-            except (Transient, OSError, ScriptRefused) as error:
-                log.warning("%s: %s; connecting again", self.title, error)
+            except (Transient, ScriptRefused) as error:
+                log.warning("%s: %s; trying again", self.title, error)
                 self._pause(1.0)
         self.status = "STOPPED"
         self.beats.ended(self.title)
@@ -124,17 +125,18 @@ class Mailbox:
             self.states.let_go()
 
     def run_once(self) -> None:
-        """Read what is there now and return. Raises what stands in the way."""
-        state = self._own()
+        """Read what is there now and return; what is transient is waited for. Raises what only a person can mend."""
         while not self.shutdown.requested:
             try:
-                return self._in_session(state, forever=False)
+                return self._in_session(self._own(), forever=False)
+            except NotOurs as error:
+                log.info("%s: %s", self.title, error)
             except ImapIncomplete as error:
                 log.warning("%s: %s; asking again", self.title, error)
                 self._pause(self.settings.mail.incomplete_wait)
-            except NotOurs:
-                log.debug("%s: the state moved under us", self.title)
-            state = self._own()
+            except ImapUnavailable as error:
+                log.warning("%s: %s; trying again", self.title, error)
+                self._pause(1.0)
         return None
 
     def _own(self) -> State | None:
@@ -188,9 +190,9 @@ class Mailbox:
             ends = self.clock.monotonic() + SESSION_SECONDS
             while not self.shutdown.requested:
                 state = self._poll(session, state)
+                self.status = "CONNECTED"
                 if not forever:
                     return
-                self.status = "CONNECTED"
                 if self.clock.monotonic() > ends:
                     return
                 self._turn(self.settings.mail.poll_interval)
@@ -482,7 +484,7 @@ def identity_of(account: str, mailbox: str, folder: Folder, meta: Meta, scope: L
     if folder.gmail and meta.gm_msgid:
         email_id = gmail_email_id(account, meta.gm_msgid)
     elif meta.internal_date:
-        email_id = header_email_id(account, meta.internal_date, meta.size, meta.header)
+        email_id = header_email_id(account, meta.internal_date, meta.size, meta.header, meta.start)
     else:
         email_id = hashed_email_id(account, b"no data", f"{mailbox}\n{folder.uidvalidity}\n{meta.uid}".encode())
     return Identity(in_mailbox_scope(email_id, mailbox) if scope == "mailbox" else email_id, meta.internal_date)

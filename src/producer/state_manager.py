@@ -12,7 +12,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from src.common.clock import iso
-from src.common.exceptions import ConfigurationError
+from src.common.exceptions import ConfigurationError, DiskUnavailable
 from src.common.keys import Keys, MailboxKeys, open_field
 from src.common.redis_client import RedisClient
 from src.mail.record import member_of
@@ -202,7 +202,13 @@ class MarkerFile:
             ) from None
 
     def write(self, marker: Marker) -> None:
-        """Raises OSError (disk full, not writable): then nothing may be published that it should have covered."""
+        """Raises DiskUnavailable (full, not writable): then nothing may be published that it should have covered."""
+        try:
+            self._write(marker)
+        except OSError as error:
+            raise DiskUnavailable(f"{self._path} cannot be written ({error.strerror}): make room or mend DATA_DIR") from error
+
+    def _write(self, marker: Marker) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         aside = self._path.with_suffix(".tmp")
         with aside.open("w") as file:

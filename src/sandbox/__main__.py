@@ -26,6 +26,7 @@ A Gmail to try things on, until Ctrl-C. Nothing leaves this machine.
   mail        {emails}
 
 Read it:      python producer.py --sandbox{elsewhere}
+Consent:      python producer.py --sandbox --auth-setup
 New mail:     curl -d '{{"account": "{account}", "generate": {{"count": 10, "seed": 7}}}}' {base}/deliver
 What came:    curl {base}/ledger?summary=1
 Go wrong:     curl -d '{{"stall": 5}}' {base}/faults      (all of them: src/sandbox/faults.py)
@@ -47,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for account, path in zip(accounts, token_files, strict=True):
                 sandbox.write_token_file(path, account)
                 sandbox.deliver_generated(account, count=options.emails, seed=options.seed, rate=options.rate)
-            state = _state(sandbox, accounts[0], token_files[0])
+            client_secrets = options.token_dir / "client_secrets.json"
+            sandbox.write_client_secrets(client_secrets)
+            state = _state(sandbox, accounts[0], token_files[0], client_secrets)
             write_private(options.state_file, state)
             print(_ready(sandbox, options, accounts, token_files), flush=True)
             stop.wait()
@@ -104,7 +107,7 @@ def _token_file(folder: Path, account: str, accounts: Sequence[str]) -> Path:
     return folder / ("gmail_token.json" if len(accounts) == 1 else f"{account}.json")
 
 
-def _state(sandbox: Sandbox, account: str, token_file: Path) -> str:
+def _state(sandbox: Sandbox, account: str, token_file: Path, client_secrets: Path) -> str:
     return json.dumps(
         {
             "imap_port": sandbox.imap_port,
@@ -112,6 +115,7 @@ def _state(sandbox: Sandbox, account: str, token_file: Path) -> str:
             "token_uri": sandbox.token_uri,
             "account": account,
             "token_file": str(token_file.resolve()),
+            "client_secrets": str(client_secrets.resolve()),
             "pid": os.getpid(),
         }
     )

@@ -75,6 +75,7 @@ def _overrides(state: dict[str, Any]) -> dict[str, Any]:
     return {
         "GMAIL_USERNAME": (state["account"],),
         "TOKEN_DIR": Path(state["token_file"]).parent,
+        "GMAIL_CLIENT_SECRETS_FILE": Path(state["client_secrets"]),
         "IMAP_HOST": "127.0.0.1",
         "IMAP_PORT": state["imap_port"],
         "IMAP_SECURITY": "none",

@@ -1,7 +1,8 @@
-"""The sandbox's HTTP server: the token endpoint a client knows, and the switches a test or a curious person turns.
+"""The sandbox's HTTP server: the OAuth endpoints a client knows, and the switches a test or a curious person turns.
 
-GET  /health  /ledger  /ledger?summary=1  /faults  /tokeninfo?access_token=T
-POST /token (form)  and, in JSON: /deliver  /faults  /expire-tokens  /revoke-token  /new-uidvalidity  /expunge  /cut
+GET  /health  /ledger  /ledger?summary=1  /faults  /auth (Google's consent page)  /tokeninfo?access_token=T
+POST /consent (that page's buttons)  /token  /revoke  (forms)
+POST /deliver  /faults  /expire-tokens  /revoke-token  /new-uidvalidity  /expunge  /cut
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
 from src.common.clock import iso
+from src.sandbox.consent import Refused, decide, page
 from src.sandbox.generator import KINDS
 from src.sandbox.store import Delivered, UnknownFolder
 from src.sandbox.tokens import Answer
@@ -77,6 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(Answer(200, sandbox.faults.state()))
             case "/tokeninfo":
                 self._answer(sandbox.tokens.info(query.get("access_token", "")))
+            case "/auth":
+                self._consent(query)
             case _:
                 self._answer(_wrong(404, f"there is no {url.path[:100]}"))
 
@@ -86,22 +90,44 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(_wrong(413, "the body is too large or its length is not given"))
             return
         body = self.rfile.read(int(size))
-        path = urlsplit(self.path).path
+        path, sandbox = urlsplit(self.path).path, self.server.sandbox
         if path == "/token":
-            self._token(body)
+            self._token(_form(body))
+        elif path == "/consent":
+            self._decision(_form(body))
+        elif path == "/revoke":
+            self._answer(sandbox.tokens.revoke_token(_form(body).get("token", "")))
         elif path in _ACTIONS:
             self._act(_ACTIONS[path], body)
         else:
             self._answer(_wrong(404, f"there is no {path[:100]}"))
 
-    def _token(self, body: bytes) -> None:
+    def _consent(self, query: Mapping[str, str]) -> None:
+        try:
+            self._send(200, "text/html; charset=utf-8", page(query, self.server.sandbox.accounts()).encode())
+        except Refused as error:
+            self._send(400, "text/plain; charset=utf-8", f"{error}\n".encode())
+
+    def _decision(self, form: Mapping[str, str]) -> None:
+        try:
+            address = decide(form, self.server.sandbox.accounts(), self.server.sandbox.tokens.code)
+        except Refused as error:
+            self._send(400, "text/plain; charset=utf-8", f"{error}\n".encode())
+            return
+        self.send_response(302)
+        self.send_header("Location", address)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _token(self, form: Mapping[str, str]) -> None:
         sandbox = self.server.sandbox
         if stall := sandbox.faults.take("token_stall"):
             self.server.stopping.wait(float(str(stall["seconds"])))
         if fault := sandbox.faults.take("token_answer"):
             self._send(int(str(fault["status"])), "text/html", str(fault["body"]).encode())
             return
-        self._answer(sandbox.tokens.grant(dict(parse_qsl(body.decode("utf-8", "replace")))))
+        code = form.get("grant_type") == "authorization_code"
+        self._answer(sandbox.tokens.grant(form, offline=not (code and sandbox.faults.take("no_refresh_token"))))
 
     def _act(self, action: Callable[[Sandbox, _Request], Mapping[str, object]], body: bytes) -> None:
         try:
@@ -265,6 +291,10 @@ def _summary(delivered: list[Delivered]) -> dict[str, object]:
 
 def _wrong(status: int, sentence: str) -> Answer:
     return Answer(status, {"error": sentence})
+
+
+def _form(body: bytes) -> dict[str, str]:
+    return dict(parse_qsl(body.decode("utf-8", "replace")))
 
 
 def _json_object(body: bytes) -> dict[str, object]:

@@ -42,6 +42,7 @@ class Faults:
             "mute_idle": self.mute_idle,
             "token_answer": self.token_answer,
             "token_stall": self.token_stall,
+            "no_refresh_token": self.no_refresh_token,
         }
 
     def refuse(self, times: int = 1) -> None:
@@ -90,6 +91,10 @@ class Faults:
     def token_stall(self, seconds: float, times: int = 1) -> None:
         """The next POST /token are answered this much later."""
         self._arm("token_stall", times, seconds=_of((int, float), "seconds", seconds))
+
+    def no_refresh_token(self, times: int = 1) -> None:
+        """The next codes are exchanged for an access token only."""
+        self._arm("no_refresh_token", times)
 
     def clear(self) -> None:
         """Nothing goes wrong any more."""

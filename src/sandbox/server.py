@@ -23,7 +23,7 @@ from src.sandbox.faults import Faults
 from src.sandbox.generator import Sample, generate
 from src.sandbox.imap_server import ImapServer
 from src.sandbox.store import Delivered, Store
-from src.sandbox.tokens import CLIENT_ID, CLIENT_SECRET, Tokens, write_token_file
+from src.sandbox.tokens import CLIENT_ID, CLIENT_SECRET, Tokens, write_client_secrets, write_token_file
 
 _STOP_POLL = 0.05  # seconds; how soon a listening thread sees that it is over
 
@@ -59,6 +59,10 @@ class Sandbox:
     @property
     def token_uri(self) -> str:
         return f"http://{self.host}:{self.http_port}/token"
+
+    @property
+    def auth_uri(self) -> str:
+        return f"http://{self.host}:{self.http_port}/auth"
 
     def start(self) -> None:
         imap = ImapServer(self.host, self.imap_port, self._store, self.tokens, self.faults)
@@ -142,6 +146,10 @@ class Sandbox:
         """A token file as after a consent: a living refresh token, no access token yet. Mode 0600."""
         self.add_account(account)
         write_token_file(path, account, self.tokens.refresh_token(account), self.token_uri, self._clock.wall())
+
+    def write_client_secrets(self, path: Path) -> None:
+        """What GMAIL_CLIENT_SECRETS_FILE wants, for a consent of this sandbox's. Mode 0600."""
+        write_client_secrets(path, self.auth_uri, self.token_uri)
 
     def change_uidvalidity(self, account: str, mailbox: str = "INBOX", *, shuffle: bool = False) -> int:
         """Number the folder anew from 1; the new UIDVALIDITY. Sessions that have it open are ended. UnknownFolder."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from config.settings import StreamSettings, WorkSettings
 from src.common.batch import each_answered
 from src.common.clock import Clock
-from src.common.exceptions import ScriptRefused
+from src.common.exceptions import ScriptRefused, Transient
 from src.worker import dlq, idempotency, recovery
 from src.worker.backoff import Policy
 from src.worker.delivery import Delivery, Seat
@@ -51,6 +51,12 @@ class Consumer:
         self._unbegun: list[Delivery] = []
         self._suspects: deque[Delivery] = deque()
         self._next_look = 0.0
+        self._no_recovery_before = 0.0  # after an outage every lease looks run out until its owner has renewed it
+
+    @property
+    def renew_every(self) -> float:
+        """Seconds between two renewals of the leases."""
+        return min(20.0, self.work.lease / 3)
 
     def in_flight(self) -> int:
         with self.settled:
@@ -63,11 +69,17 @@ class Consumer:
 
         Suspects first: a mail whose last start never finished runs when nothing else is in flight, and nothing is read beside it.
         """
-        if self._suspects:
-            return self._take_suspect()
+        try:
+            return self._take_suspect() if self._suspects else self._take(room)
+        except Transient:
+            self._no_recovery_before = self.clock.monotonic() + self.renew_every
+            raise
+
+    def _take(self, room: int) -> list[Started]:
         if self.clock.monotonic() >= self._next_look and self._look_around():
             self._taken(recovery.promote(self.seat, most=room))
-            self._taken(self._recover(room))
+            if self.clock.monotonic() >= self._no_recovery_before:
+                self._taken(self._recover(room))
         if self.blocked:
             self._wait()
         elif len(self._unbegun) < room:

@@ -26,7 +26,7 @@ from src.worker.consume import Consumer, Started
 from src.worker.delivery import Seat
 from src.worker.dlq import Failure
 from src.worker.idempotency import Done
-from src.worker.processor import load_handler
+from src.worker.processor import Handler
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +38,8 @@ GROUP_COMMIT = 0.005  # seconds that a finished mail waits for others to be sett
 class Worker:
     """Reader → queue → handler threads → settler; beside them one thread renews leases, one proves that the GIL moves."""
 
-    def __init__(self, settings: Settings, redis: RedisClient, shutdown: Shutdown, clock: Clock) -> None:
+    def __init__(self, settings: Settings, handler: Handler, redis: RedisClient, shutdown: Shutdown, clock: Clock) -> None:
         work = settings.work
-        handler = load_handler(work.handler)
         name = f"{work.label or socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.settings = settings
         self.shutdown = shutdown
@@ -142,7 +141,7 @@ class Worker:
             )
 
     def _keep_leases(self) -> None:
-        every = min(20.0, self.settings.work.lease / 3)
+        every = self.consumer.renew_every
         while not self.stopped.wait(every):
             self.beats.turn("leases", limit=60 + self.settings.redis.socket_timeout + every)
             try:

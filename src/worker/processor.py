@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import traceback
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Context:
     idempotency_key: str
     attempt: int
     replays: int
-    log: logging.LoggerAdapter[logging.Logger]
+    log: logging.Logger
 
 
 Handler = Callable[[Email, Context], dict[str, Any] | None]
@@ -74,19 +74,11 @@ def summarize(email: Email, context: Context) -> dict[str, Any]:
     }
 
 
-class _HandlerLog(logging.LoggerAdapter[logging.Logger]):
-    def process(self, msg: object, kwargs: MutableMapping[str, Any]) -> tuple[object, MutableMapping[str, Any]]:
-        return msg, kwargs
-
-
-HANDLER_LOG = _HandlerLog(logging.getLogger("handler"))
-
-
 def handle(
     handler: Handler, delivery: Delivery, attempts: int, *, policy: Policy, chance: Callable[[], float], result_max: int
 ) -> Done | Failure:
     """Run `handler` on one mail and decide what becomes of it. `attempts`: failed ones so far. Raises nothing of the handler's."""
-    context = Context(delivery.email_id, attempts + 1, delivery.replays, HANDLER_LOG)
+    context = Context(delivery.email_id, attempts + 1, delivery.replays, logging.getLogger("handler"))
     with correlated(delivery.correlation_id):
         try:
             return Done(delivery, "done", encoded(handler(Email(delivery.fields), context), result_max))

@@ -395,7 +395,7 @@ def test_meta_of_gmail_keeps_64_bit_ids_and_every_label() -> None:
 
 
 def test_meta_elsewhere_holds_the_header() -> None:
-    header = b"Subject: \xff)\r\n\r\n"
+    header = b"Message-ID: <7@x>\r\nSubject: \xff)\r\n\r\n"
     row = b'* 1 FETCH (UID 7 INTERNALDATE "01-Feb-2026 01:02:03 +0000" RFC822.SIZE 20 BODY[HEADER]<0> {%d}\r\n%s)\r\n' % (
         len(header),
         header,
@@ -405,6 +405,19 @@ def test_meta_elsewhere_holds_the_header() -> None:
         mailbox(server) as box,
     ):
         assert box.meta([7]) == {7: Meta(7, "2026-02-01T01:02:03Z", 20, "", "", (), header)}
+
+
+def test_meta_elsewhere_holds_the_start_of_a_mail_without_message_id() -> None:
+    """Two mails may share a header that names neither: their first bytes tell them apart."""
+    header = b"Subject: x\r\n\r\n"
+    row = b'* 1 FETCH (UID 7 INTERNALDATE "01-Feb-2026 01:02:03 +0000" RFC822.SIZE 20 BODY[HEADER]<0> {%d}\r\n%s)\r\n'
+    start = b"* 1 FETCH (UID 7 BODY[]<0> {20}\r\n%s)\r\n" % (header + b"body\r\n")
+    answers = {
+        "UID FETCH 7 (INTERNALDATE RFC822.SIZE BODY.PEEK[HEADER]<0.65536>)": row % (len(header), header) + OK,
+        "UID FETCH 7 (BODY.PEEK[]<0.65536>)": start + OK,
+    }
+    with serving(answers, PLAIN) as server, mailbox(server) as box:
+        assert box.meta([7]) == {7: Meta(7, "2026-02-01T01:02:03Z", 20, "", "", (), header, header + b"body\r\n")}
 
 
 def test_internaldate_is_utc_whatever_this_machines_time_zone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -833,7 +846,7 @@ def test_an_unusable_ca_file_is_a_wrong_setting(tmp_path: Path) -> None:
 
 # The real thing: a Gmail of ours, and Dovecot
 
-MAIL = b"From: b@example.org\r\nSubject: one\r\n\r\n" + b"hello\r\n" * 20
+MAIL = b"Message-ID: <1@example.org>\r\nFrom: b@example.org\r\nSubject: one\r\n\r\n" + b"hello\r\n" * 20
 MOMENT = datetime(2026, 2, 1, 23, 59, 58, tzinfo=timezone(timedelta(hours=2)))
 
 

@@ -1,0 +1,80 @@
+"""A handler whose mails say what it does with them, and the journal it leaves on disk.
+
+The first words of the subject are the order:
+
+    fail N      raise in the first N attempts          permanent   raise Permanent
+    hold NAME   finish once the file NAME exists       kill N      SIGKILL to the own process, the first time only
+    slow MS     take that long                                     once N other mails are at work in it
+    (else)      finish at once
+
+Journal and files stand in the folder of the journal, which the environment names (JOURNAL).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.common.exceptions import Permanent
+from src.mail.record import Email
+from src.worker.processor import Context
+from tests.support.wait import until
+
+PATIENCE = 120.0  # seconds
+
+
+@dataclass(frozen=True)
+class Line:
+    """`event`: begin | end."""
+
+    event: str
+    email_id: str
+    attempt: int
+    pid: int
+
+
+def obey(email: Email, context: Context) -> dict[str, Any]:
+    """The handler."""
+    journal = Path(os.environ["JOURNAL"])
+    first = not any(line.email_id == context.idempotency_key for line in read_journal(journal))
+    note(journal, "begin", context)
+    order, _, rest = email.subject.partition(" ")
+    argument = rest.split(" ")[0]
+    if order == "fail" and context.attempt <= int(argument):
+        raise RuntimeError(f"attempt {context.attempt} fails as ordered")
+    if order == "permanent":
+        raise Permanent("buried as ordered")
+    if order == "kill":
+        if first:
+            until(lambda: at_work(journal, os.getpid()) > int(argument), PATIENCE, f"{argument} others are at work")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if order == "hold":
+        until((journal.parent / argument).exists, PATIENCE, f"the file {argument}")
+    if order == "slow":
+        threading.Event().wait(int(argument) / 1000)
+    note(journal, "end", context)
+    return {"subject": email.subject, "attempt": context.attempt}
+
+
+def note(journal: Path, event: str, context: Context) -> None:
+    line = f"{event}\t{context.idempotency_key}\t{context.attempt}\t{os.getpid()}\n"
+    with journal.open("ab", buffering=0) as file:  # O_APPEND and one write: lines of many processes never mix
+        file.write(line.encode())
+
+
+def read_journal(journal: Path) -> list[Line]:
+    """All that was noted so far, in order."""
+    if not journal.exists():
+        return []
+    rows = [row.split("\t") for row in journal.read_text().splitlines()]
+    return [Line(event, email_id, int(attempt), int(pid)) for event, email_id, attempt, pid in rows]
+
+
+def at_work(journal: Path, pid: int) -> int:
+    """How many mails process `pid` has begun and not ended."""
+    mine = [line.event for line in read_journal(journal) if line.pid == pid]
+    return mine.count("begin") - mine.count("end")

@@ -1,0 +1,219 @@
+"""The real code of both daemons in the thread of the test, without their threads: what they do is a list of round trips.
+
+Nothing waits for long: waits of the code under test last a millisecond, retries are due at once, and time, where it only
+counts turns, moves a second a look. Leases alone run on the server's real clock.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+import redis
+
+from config.settings import Settings, load_settings
+from src.common.clock import SYSTEM, Clock
+from src.common.exceptions import GroupMissing, Permanent, Transient
+from src.common.health import Beats
+from src.common.keys import Keys
+from src.common.redis_client import RedisClient, Transport
+from src.common.retry import retry_on_redis_error
+from src.common.shutdown import Shutdown
+from src.imap.imap_client import ImapEndpoint, ImapMailbox
+from src.mail.record import Email
+from src.producer.mailbox import Mailbox
+from src.producer.state_manager import MarkerFile, StateManager
+from src.worker import recovery
+from src.worker.consume import Consumer, Started
+from src.worker.delivery import Seat
+from src.worker.processor import Context
+from tests.support.faulty import FaultySession, FaultyTransport, Process
+
+MAILBOX = "INBOX"
+LEASE = 0.05  # seconds, of workers and producers
+ROOM = 8  # handlers of a worker
+MOST_TURNS = 2_000  # each waits a millisecond at least: some twenty leases, then a process hangs
+
+SETTINGS = {
+    "INITIAL_SYNC": "all",
+    "PRODUCER_BATCH_SIZE": 2,
+    "PRODUCER_LEASE": LEASE,
+    "LEASE_SECONDS": LEASE,
+    "RECOVERY_TICK": 0.001,
+    "WORKER_BLOCK_MS": 1,
+    "INCOMPLETE_WAIT": 0.001,
+}
+
+
+class Hangs(AssertionError):
+    """A process goes on and on without an end."""
+
+
+class _Moment(threading.Event):
+    """An event that is waited for a millisecond at most."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return super().wait(0.001 if timeout is None else min(timeout, 0.001))
+
+
+class HurriedShutdown(Shutdown):
+    """Every wait ends after a millisecond."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.event = _Moment()
+
+
+def a_second_a_look() -> Clock:
+    """A clock whose monotonic time moves with each look: what happens "from time to time" happens at the same step of every run."""
+    seconds = count()
+    return Clock(wall=SYSTEM.wall, monotonic=lambda: float(next(seconds)))
+
+
+def obey(email: Email, context: Context) -> dict[str, int]:
+    """A handler that does what the subject says: `done`, `retry` (fails once) or `dead`."""
+    if email.subject == "dead":
+        raise Permanent("as told")
+    if email.subject == "retry" and context.attempt == 1:
+        raise RuntimeError("as told")
+    return {"attempt": context.attempt}
+
+
+class World:
+    """What processes share: a server, a mailbox, a disk. `admin` looks at the server and is no round trip."""
+
+    def __init__(self, admin: redis.Redis, transport: Transport, endpoint: ImapEndpoint, account: str, token: str) -> None:
+        self.admin = admin
+        self.transport = transport
+        self.endpoint = endpoint
+        self.account = account
+        self.token = token
+        self.data_dir = Path()
+        self.settings: Settings = load_settings(SETTINGS, env_file=None)
+        self.keys = Keys(self.settings.stream.name)
+
+    def renew(self, data_dir: Path) -> None:
+        """An empty server that knows no script, and an empty disk."""
+        self.admin.flushall()
+        self.admin.script_flush()
+        self.data_dir = data_dir
+
+    def stream_is_empty(self) -> bool:
+        return bool(self.admin.xlen(self.keys.stream) == 0)
+
+    def access_token(self, *, refuse: str | None = None) -> str:
+        """The Tokens of every mailbox."""
+        assert refuse is None
+        return self.token
+
+
+class _BeatsThatRenew(Beats):
+    """The lease thread of a producer, which comes whenever its mailbox gives a sign of life."""
+
+    mailbox: Mailbox
+
+    def turn(self, name: str, limit: float) -> None:
+        super().turn(name, limit)
+        if self.mailbox.owns:
+            with suppress(Transient):
+                self.mailbox.states.acquire(LEASE)
+
+
+class InlineProducer:
+    """producer.py with one mailbox."""
+
+    def __init__(self, world: World, process: Process) -> None:
+        clock, redis_client = a_second_a_look(), RedisClient(FaultyTransport(world.transport, process))
+        beats = _BeatsThatRenew(clock)
+        self.states = StateManager(redis_client, world.keys, world.account, MAILBOX, secrets.token_hex(8))
+        self.mailbox = beats.mailbox = Mailbox(
+            settings=world.settings,
+            account=world.account,
+            name=MAILBOX,
+            states=self.states,
+            marker_file=MarkerFile(world.data_dir, world.account, MAILBOX),
+            tokens=world,
+            connect=lambda token: FaultySession(ImapMailbox(world.endpoint, world.account, MAILBOX, token), process),
+            clock=clock,
+            new_id=lambda: secrets.token_hex(8),
+            shutdown=HurriedShutdown(),
+            beats=beats,
+        )
+
+    def run(self) -> None:
+        """Read the mailbox to its end, connecting again after what is transient, and let it go: a short `Mailbox.run`."""
+        for _ in range(10):
+            try:
+                self.mailbox.run_once()
+                break
+            except Transient:
+                continue
+        else:
+            raise Hangs("the producer connects again and again")
+        self.mailbox.owns = False
+        with suppress(Transient):
+            self.states.let_go()
+
+
+class InlineWorker:
+    """worker.py: its read loop, its handlers, its settler and its lease thread, one after the other."""
+
+    def __init__(self, world: World, process: Process) -> None:
+        self._world = world
+        self._again = retry_on_redis_error(HurriedShutdown())
+        self.seat = Seat(
+            RedisClient(FaultyTransport(world.transport, process)),
+            world.keys,
+            world.settings.stream.group,
+            f"worker-{secrets.token_hex(3)}",
+        )
+        settings = world.settings
+        self.consumer = Consumer(self.seat, settings.stream, settings.work, obey, a_second_a_look(), lambda: 0.0)
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Work until `until` says so, then hand back and leave."""
+        self.join()
+        for _ in range(MOST_TURNS):
+            if until():
+                break
+            self.settle(self.take())
+        else:
+            raise Hangs(f"the worker holds {self.consumer.in_flight()} mails and finds no end")
+        self.stop()
+
+    def join(self) -> None:
+        self._again(recovery.join)(self.seat)
+
+    def take(self) -> list[Started]:
+        def take() -> list[Started]:
+            try:
+                return self.consumer.take(ROOM - self.consumer.in_flight())
+            except GroupMissing:
+                recovery.join(self.seat)
+                return []
+
+        started = self._again(take)()
+        with suppress(Transient):
+            self.consumer.renew()
+        return started
+
+    def settle(self, started: list[Started]) -> None:
+        outcomes = [self.consumer.handle(mail) for mail in started]
+
+        def settle() -> None:
+            try:
+                self.consumer.settle(outcomes)
+            except GroupMissing:
+                recovery.join(self.seat)
+                self.consumer.settle(outcomes)
+
+        self._again(settle)()
+
+    def stop(self) -> None:
+        with suppress(Transient):  # then others take what is left after its lease
+            self.consumer.hand_back()
+            recovery.leave(self.seat)

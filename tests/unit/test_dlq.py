@@ -1,0 +1,369 @@
+"""fail, look, replay, discard: every verdict, with all that stands in Redis before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from src.common.exceptions import ScriptRefused
+from src.worker import dlq, recovery
+from src.worker.delivery import Delivery
+from src.worker.dlq import DeadLetter, Failed, Failure, fail
+from src.worker.idempotency import Done, begin, complete
+from tests.support.fake import DAY, DONE, GROUP, Content, Store, fields_of, flat, present
+
+NOW = datetime(2026, 2, 1, tzinfo=UTC)
+M1, M2, M3, M4 = "gm:a:1", "gm:a:2", "gm:a:3", "gm:a:4"
+
+ONE: Content = {
+    "stream": {"1-0": M1},
+    "pending": {"1-0": ("w1", 2)},
+    "index": {M1: "S:1-0"},
+    "starts": {M1: "0|1-0:2"},
+    "tries": {M1: "3|1"},
+    "open": {DAY: "1"},
+}
+DEAD: Content = {"index": {M1: "D:1-0"}, "dlq": [(M1, "attempts", "8")], "open": {DAY: "1"}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mail, held by w1 with count 2, that was not finished. `changes`: the parts that are different afterwards."""
+
+    proves: str
+    verb: dlq.Verb
+    answer: Failed
+    changes: dict[str, Any] = field(default_factory=dict)
+    before: Content = field(default_factory=lambda: ONE)
+
+
+FAIL = [
+    Case(
+        "a retry waits in the due queue, counted, its start finished, its entry still in the stream",
+        "retry",
+        Failed("RETRY", 4),
+        {"pending": None, "starts": None, "tries": {M1: "4|2"}, "due": {f"1-0|{M1}"}},
+    ),
+    Case(
+        "a first failure counts one",
+        "retry",
+        Failed("RETRY", 1),
+        {"pending": None, "starts": None, "tries": {M1: "1|2"}, "due": {f"1-0|{M1}"}},
+        ONE | {"tries": None},
+    ),
+    Case(
+        "a finished retry clears the suspicion of earlier starts",
+        "retry",
+        Failed("RETRY", 4),
+        {"pending": None, "starts": None, "tries": {M1: "4|2"}, "due": {f"1-0|{M1}"}},
+        ONE | {"starts": {M1: "2|1-0:2"}},
+    ),
+    Case(
+        "a postponed mail waits without an attempt counted",
+        "postpone",
+        Failed("POSTPONED", 3),
+        {"pending": None, "starts": None, "tries": {M1: "3|2"}, "due": {f"1-0|{M1}"}},
+    ),
+    Case(
+        "a buried mail stands in the dead letters and still counts as open",
+        "bury",
+        Failed("DEAD", 4),
+        {
+            "stream": None,
+            "pending": None,
+            "starts": None,
+            "tries": None,
+            "index": {M1: "D:#1"},
+            "dlq": [(M1, "why", "4")],
+        },
+    ),
+    Case(
+        "another consumer's mail is LOST and untouched",
+        "bury",
+        Failed("LOST", 3),
+        before=ONE | {"pending": {"1-0": ("w2", 2)}},
+    ),
+    Case(
+        "another delivery count is LOST although the consumer is the same",
+        "retry",
+        Failed("LOST", 3),
+        before=ONE | {"pending": {"1-0": ("w1", 3)}},
+    ),
+    Case(
+        "the same call again (its reply was lost) says ALREADY and counts nothing",
+        "retry",
+        Failed("ALREADY", 4),
+        before=ONE | {"pending": None, "starts": None, "tries": {M1: "4|2"}, "due": {f"1-0|{M1}"}},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", FAIL, ids=lambda case: case.proves)
+def test_fail(store: Store, case: Case) -> None:
+    store.put(case.before)
+    assert fail(store.seat(), [Failure(store.held("1-0", 2), case.verb, reason="why")], now=NOW) == [case.answer]
+    assert store.content() == present(case.before | case.changes)
+
+
+def test_a_mail_deleted_by_hand_is_gone_and_acknowledged(store: Store) -> None:
+    """XDEL while the handler ran: nothing to retry or to bury, nothing stays pending, waiting or known.
+
+    Its day keeps the count: the marker then reaches further back than it must, never less.
+    """
+    store.put(ONE)
+    mail = store.held("1-0", 2)
+    store.redis.call("XDEL", store.keys.stream, "1-0")
+    assert [answer.verdict for answer in fail(store.seat(), [Failure(mail, "retry")], now=NOW)] == ["GONE"]
+    assert store.content() == {"open": {DAY: "1"}}
+
+
+def test_a_batch_of_all_verdicts_gives_each_mail_its_own(store: Store) -> None:
+    """RETRY, DEAD, LOST and POSTPONED in one call."""
+    store.put(
+        {
+            "stream": {"1-0": M1, "2-0": M2, "3-0": M3, "4-0": M4},
+            "pending": {"1-0": ("w1", 1), "2-0": ("w1", 1), "3-0": ("w2", 2), "4-0": ("w1", 1)},
+            "index": {M1: "S:1-0", M2: "S:2-0", M3: "S:3-0", M4: "S:4-0"},
+            "starts": {M1: "0|1-0:1", M2: "0|2-0:1", M3: "0|3-0:2", M4: "0|4-0:1"},
+            "open": {DAY: "4"},
+        }
+    )
+    verbs: list[tuple[str, dlq.Verb]] = [("1-0", "retry"), ("2-0", "bury"), ("3-0", "retry"), ("4-0", "postpone")]
+    answers = fail(store.seat(), [Failure(store.held(entry), verb, reason="why") for entry, verb in verbs], now=NOW)
+    assert answers == [Failed("RETRY", 1), Failed("DEAD", 1), Failed("LOST", 0), Failed("POSTPONED", 0)]
+    assert store.content() == {
+        "stream": {"1-0": M1, "3-0": M3, "4-0": M4},
+        "pending": {"3-0": ("w2", 2)},
+        "index": {M1: "S:1-0", M2: "D:#1", M3: "S:3-0", M4: "S:4-0"},
+        "starts": {M3: "0|3-0:2"},
+        "tries": {M1: "1|1", M4: "0|1"},
+        "due": {f"1-0|{M1}", f"4-0|{M4}"},
+        "dlq": [(M2, "why", "1")],
+        "open": {DAY: "4"},
+    }
+
+
+def test_the_delay_is_counted_from_the_servers_clock(store: Store) -> None:
+    """Worker clocks may differ: the due time is TIME plus the delay in ms."""
+    store.put(ONE)
+    [seconds, _] = store.redis.call("TIME")
+    fail(store.seat(), [Failure(store.held("1-0", 2), "retry", delay=1000.5)], now=NOW)
+    score = float(store.redis.call("ZSCORE", store.keys.due, f"1-0|{M1}"))
+    assert int(seconds) * 1000 + 1_000_500 <= score <= int(seconds) * 1000 + 1_060_500
+
+
+def test_the_dead_letter_keeps_the_mail_and_says_why(store: Store) -> None:
+    """All fields as they were; old notes of an earlier death are replaced; long texts are cut."""
+    seat = store.seat()
+    recovery.join(seat)
+    store.add("1-0", fields_of(M1, replays="1") | {"dead_reason": "old", "dead_extra": "old"})
+    store.redis.read_new(store.keys.stream, GROUP, "w1", count=1, block_ms=1)
+    failure = Failure(
+        store.held("1-0"), "bury", reason="permanent", error_type="ValueError", error="e" * 5000, traceback="t" * 9000
+    )
+    fail(seat, [failure], now=NOW)
+    [letter] = dlq.look(store.redis, store.keys)
+    assert letter.fields == fields_of(M1, replays="1") | {
+        "dead_reason": "permanent",
+        "dead_error_type": "ValueError",
+        "dead_error": "e" * 2000,
+        "dead_traceback": "t" * 8000,
+        "dead_attempts": "1",
+        "dead_at": "2026-02-01T00:00:00Z",
+        "dead_worker": "w1",
+    }
+    assert (letter.foreign, letter.email_id) == (False, M1)
+
+
+# foreign entries
+
+
+def test_three_foreign_entries_are_three_dead_letters(store: Store) -> None:
+    """Nothing of ours knows them: no index, no count; each is buried with the reason under its own id."""
+    recovery.join(store.seat())
+    for number in (1, 2, 3):
+        store.add(f"{number}-0", {"hello": "world"})
+    read = store.redis.read_new(store.keys.stream, GROUP, "w1", count=10, block_ms=1)
+    failures = [
+        Failure(mail, "foreign", reason="foreign", error=mail.foreign)
+        for mail in (Delivery(entry, 1, fields) for entry, fields in read)
+    ]
+    assert {answer.verdict for answer in fail(store.seat(), failures, now=NOW)} == {"DEAD"}
+    assert store.content() == {"dlq": [(f"foreign:{number}-0", "foreign", "1") for number in (1, 2, 3)]}
+    assert all(letter.foreign for letter in dlq.look(store.redis, store.keys))
+
+
+def test_a_foreign_entry_with_more_fields_than_lua_can_pass_on_is_buried(store: Store) -> None:
+    """9,000 pairs: the first thousand are kept, the mail beside it is settled too."""
+    recovery.join(store.seat())
+    store.add("1-0", {f"name{number}": "value" for number in range(9000)})
+    store.add("2-0", fields_of(M2))
+    read = store.redis.read_new(store.keys.stream, GROUP, "w1", count=10, block_ms=1)
+    wide, mail = [Delivery(entry, 1, fields) for entry, fields in read]
+    answers = fail(store.seat(), [Failure(wide, "foreign", reason="foreign"), Failure(mail, "bury", reason="why")], now=NOW)
+    assert [answer.verdict for answer in answers] == ["DEAD", "DEAD"]
+    first, second = dlq.look(store.redis, store.keys)
+    assert first.email_id == "foreign:1-0"
+    assert len([name for name in first.fields if name.startswith("name")]) == 1000
+    assert second.fields["record"] == "{}"
+    assert "stream" not in store.content()
+
+
+def test_foreign_letters_cannot_be_replayed_but_discarded(store: Store) -> None:
+    """A replay would bring it back as a foreign entry for ever."""
+    store.put(DEAD)
+    foreign = {"hello": "world", "dead_reason": "foreign", "dead_attempts": "1", "dead_id": "foreign:7-0"}
+    store.redis.call("XADD", store.keys.dlq, "2-0", *flat(foreign))
+    letters = dlq.look(store.redis, store.keys)
+    assert dlq.replay(store.redis, store.keys, letters[::-1]) == ["FOREIGN", "OK"]
+    assert store.content() == {
+        "stream": {"#1": M1},
+        "index": {M1: "S:#1"},
+        "dlq": [("foreign:7-0", "foreign", "1")],
+        "open": {DAY: "1"},
+    }
+    assert discarded(store, letters[1:]) == ["OK"]
+    assert "dlq" not in store.content()
+    assert "results" not in store.content()
+
+
+# look
+
+
+def test_look_pages_through_the_dead_letters_in_order_of_death(store: Store) -> None:
+    """`after` is inclusive; nothing is changed."""
+    store.put({"dlq": [(f"gm:a:{number}", "why", "1") for number in (1, 2, 3)]})
+    before = store.content()
+    assert [letter.email_id for letter in dlq.look(store.redis, store.keys, count=2)] == [M1, M2]
+    assert [letter.email_id for letter in dlq.look(store.redis, store.keys, after="2-0")] == [M2, M3]
+    assert store.content() == before
+
+
+# replay
+
+
+def replayed(store: Store, letters: list[DeadLetter]) -> list[str]:
+    return dlq.replay(store.redis, store.keys, letters)
+
+
+def test_a_replayed_letter_is_a_new_mail_with_a_fresh_count(store: Store) -> None:
+    """Attempts and suspicion are forgotten, the notes are gone, how often it came back is told."""
+    store.put(DEAD | {"starts": {M1: "3|1-0:4"}, "tries": {M1: "7|9"}})
+    assert replayed(store, dlq.look(store.redis, store.keys)) == ["OK"]
+    assert store.content() == {"stream": {"#1": M1}, "index": {M1: "S:#1"}, "open": {DAY: "1"}}
+    [(_, fields)] = store.redis.entries(store.keys.stream, count=10)
+    assert fields == fields_of(M1, replays="1")
+
+
+def test_replaying_twice_makes_one_mail(store: Store) -> None:
+    """The reply was lost, or two people replay the same letter."""
+    store.put(DEAD)
+    letters = dlq.look(store.redis, store.keys)
+    assert replayed(store, letters) == ["OK"]
+    after = store.content()
+    assert replayed(store, letters) == ["NONE"]
+    assert replayed(store, letters * 2) == ["NONE", "NONE"]
+    assert store.content() == after
+
+
+def test_a_replayed_mail_is_handled_and_not_taken_for_a_duplicate(store: Store) -> None:
+    """begin says GO, complete says OK; a second death and replay counts two."""
+    store.put(DEAD)
+    for times in (1, 2):
+        replayed(store, dlq.look(store.redis, store.keys))
+        [(entry, fields)] = store.redis.read_new(store.keys.stream, GROUP, "w1", count=10, block_ms=1)
+        mail = Delivery(entry, 1, fields)
+        assert mail.replays == times
+        [answer] = begin(store.seat(), [mail], solo=False, poison_starts=3, now=NOW)
+        assert (answer.verdict, answer.attempts) == ("GO", 0)
+        if times == 1:
+            fail(store.seat(), [Failure(mail, "bury", reason="again")], now=NOW)
+    done = Done(mail, "done", "{}")
+    assert complete(store.seat(), [done], processed_days=1, results_max=10, results_days=1) == ["OK"]
+    assert store.content() == {"processed": {DONE: {"1"}}, "results": [(M1, "done", "{}")]}
+
+
+def test_a_letter_whose_mail_lives_is_removed_not_replayed(store: Store) -> None:
+    """The index names an entry: two of it would be two effects."""
+    store.put({"stream": {"1-0": M1}, "index": {M1: "S:1-0"}, "dlq": [(M1, "old", "1")], "open": {DAY: "1"}})
+    assert replayed(store, dlq.look(store.redis, store.keys)) == ["STALE"]
+    assert store.content() == {"stream": {"1-0": M1}, "index": {M1: "S:1-0"}, "open": {DAY: "1"}}
+
+
+def test_a_letter_whose_mail_was_done_is_removed_not_replayed(store: Store) -> None:
+    """Its id stands among the processed ones."""
+    store.put({"dlq": [(M1, "old", "1")], "processed": {DONE: {"1"}}})
+    assert replayed(store, dlq.look(store.redis, store.keys)) == ["STALE"]
+    assert store.content() == {"processed": {DONE: {"1"}}}
+
+
+def test_each_letter_of_a_batch_is_replayed_by_its_own_verdict(store: Store) -> None:
+    """OK, NONE and STALE in one call, over two days."""
+    store.put(
+        {
+            "dlq": [(M1, "why", "1"), (M2, "why", "1"), (M3, "why", "1")],
+            "index": {M1: "D:1-0", M2: "D:2-0", M3: "D:3-0"},
+            "open": {DAY: "3"},
+        }
+    )
+    letters = dlq.look(store.redis, store.keys)
+    store.redis.call("XDEL", store.keys.dlq, "2-0")
+    store.redis.call("HSET", store.keys.index, M3, "S:9-0")
+    assert replayed(store, letters) == ["OK", "NONE", "STALE"]
+    assert store.content()["stream"] == {"#1": M1}
+
+
+# discard
+
+
+def discarded(store: Store, letters: list[DeadLetter]) -> list[str]:
+    return dlq.discard(store.redis, store.keys, letters, processed_days=400, results_max=1000)
+
+
+def test_a_discarded_letter_is_done_for_good(store: Store) -> None:
+    """Known as processed, so that nothing publishes it again; a result says so; no count is left."""
+    store.put(DEAD)
+    assert discarded(store, dlq.look(store.redis, store.keys)) == ["OK"]
+    assert store.content() == {"processed": {DONE: {"1"}}, "results": [(M1, "discarded", "{}")]}
+    assert store.redis.call("TTL", f"stream:processed:{DONE}") > 399 * 86_400
+
+
+def test_discarding_twice_writes_once(store: Store) -> None:
+    """The reply was lost: NONE, one result, no count below zero."""
+    store.put(DEAD | {"open": {DAY: "2"}})
+    letters = dlq.look(store.redis, store.keys)
+    assert discarded(store, letters) == ["OK"]
+    after = store.content()
+    assert after["open"] == {DAY: "1"}
+    assert discarded(store, letters) == ["NONE"]
+    assert store.content() == after
+
+
+def test_discard_after_replay_leaves_the_replayed_mail(store: Store) -> None:
+    """The letter is gone, the mail lives."""
+    store.put(DEAD)
+    letters = dlq.look(store.redis, store.keys)
+    replayed(store, letters)
+    after = store.content()
+    assert discarded(store, letters) == ["NONE"]
+    assert store.content() == after
+
+
+def test_nothing_to_replay_or_discard_asks_nothing(store: Store) -> None:
+    assert replayed(store, []) == []
+    assert discarded(store, []) == []
+    assert store.content() == {}
+
+
+def test_a_letter_too_wide_to_replay_is_refused_and_stays(store: Store) -> None:
+    """Written by somebody else into the dead letters: nothing is lost, the others are not held (mail by mail)."""
+    store.put(DEAD)
+    wide = fields_of(M2) | {f"name{number}": "value" for number in range(9000)}
+    store.redis.call("XADD", store.keys.dlq, "2-0", *flat(wide), "dead_reason", "why", "dead_attempts", "1")
+    letters = dlq.look(store.redis, store.keys)
+    with pytest.raises(ScriptRefused):
+        replayed(store, letters[1:])
+    assert store.content()["dlq"] == [(M1, "attempts", "8"), (M2, "why", "1")]
