@@ -32,6 +32,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="show what would be published; nothing is written, no server started"
     )
+    parser.add_argument("--auth-setup", action="store_true", help="ask for Google's consent, store the token, then end")
+    parser.add_argument("--no-browser", action="store_true", help="with --auth-setup: show the address, open no browser")
     parser.add_argument("--sandbox", action="store_true", help="read the sandbox's mailbox, starting the sandbox if none runs")
     parser.add_argument(
         "--parse", metavar="FILE", nargs="+", type=Path, help="print the record of message files as JSON lines, then end"
@@ -52,19 +54,28 @@ def main() -> int:
             return print_records(given.parse, sys.stdout)
         settings = load_settings(flags)
         logging_config.configure(settings.run.log_format, settings.run.log_level)
-        shutdown.on_signals()
+        if not given.auth_setup:  # a consent is ended by Ctrl-C at once
+            shutdown.on_signals()
         if given.sandbox:
             from src.sandbox.attach import attached
 
             with attached(settings.run.data_dir) as overrides:
-                return run(load_settings({**flags, **overrides}), shutdown, once=given.once, dry=given.dry_run)
-        return run(settings, shutdown, once=given.once, dry=given.dry_run)
+                return act(load_settings({**flags, **overrides}), shutdown, given)
+        return act(settings, shutdown, given)
     except (SettingsError, ConfigurationError) as error:
         print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201  # the one line a wrong setting gets
         return 2
     except Transient as error:
         print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201
         return shutdown.exit_code if shutdown.requested else 1
+
+
+def act(settings: Settings, shutdown: Shutdown, given: argparse.Namespace) -> int:
+    if given.auth_setup:
+        from src.auth.consent import set_up
+
+        return set_up(settings, with_browser=not given.no_browser)
+    return run(settings, shutdown, once=given.once, dry=given.dry_run)
 
 
 def run(settings: Settings, shutdown: Shutdown, *, once: bool, dry: bool) -> int:

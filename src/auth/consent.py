@@ -15,19 +15,15 @@ import json
 import logging
 import os
 import secrets
-import select
 import socket
 import sys
-import threading
 import webbrowser
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TextIO
-from urllib.parse import parse_qsl, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
 from google.auth import jwt
@@ -35,6 +31,7 @@ from google_auth_oauthlib.flow import InstalledAppFlow  # type: ignore[import-un
 from oauthlib.oauth2 import OAuth2Error  # type: ignore[import-untyped]
 
 from config.settings import AuthSettings, Settings
+from src.auth.loopback import LOOPBACK, WayBack
 from src.auth.oauth2_gmail import SCOPE, SINGLE_TOKEN, TOKEN_URI, StoredToken, locked, read_token, write_token
 from src.common.clock import SYSTEM, Clock, iso
 from src.common.exceptions import ConfigurationError, Permanent, TokenEndpointUnavailable
@@ -43,7 +40,6 @@ SCOPES = (SCOPE, "openid", "https://www.googleapis.com/auth/userinfo.email")
 AUTH_URI = "https://accounts.google.com/o/oauth2/auth"
 REVOKE_URI = "https://oauth2.googleapis.com/revoke"
 GUIDE = "docs/OAUTH2_SETUP.md"
-LOOPBACK = "127.0.0.1"
 CONSENT_SECONDS = 600.0
 ENDPOINT_SECONDS = 20.0
 
@@ -62,14 +58,6 @@ class Client:
     token_uri: str = TOKEN_URI
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the browser brings back: a code, or the error that stands in its place (RFC 6749, 4.1.2)."""
-
-    code: str
-    error: str
-
-
 def set_up(settings: Settings, *, with_browser: bool, token_file: Path | None = None) -> int:
     """`--auth-setup`: a consent for each account of `settings`, or for whichever account the person takes.
 
@@ -81,6 +69,7 @@ def set_up(settings: Settings, *, with_browser: bool, token_file: Path | None = 
     try:
         for account in accounts:
             path = token_file or file_for(settings.mail.token_dir, account, alone=len(accounts) == 1)
+            _make_folder(path.parent)
             browse = webbrowser.open if with_browser else None
             token = ask(client, account or account_in(path), settings.auth.port, sys.stdout, browse=browse, typed=_stdin())
             keep(path, token)
@@ -154,13 +143,22 @@ def account_in(path: Path) -> str:
 
 
 def keep(path: Path, token: StoredToken) -> None:
-    """Put the token in its place, in a folder of our own if there is none. Raises ConfigurationError."""
+    """Put the token in its place. Raises ConfigurationError."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with locked(path):
             write_token(path, token)
     except OSError as error:
         raise ConfigurationError(f"the token file {path} cannot be written: {error.strerror}") from error
+
+
+def _make_folder(folder: Path) -> None:
+    """Sees before anybody is asked that a token could be written there."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"the folder {folder} for tokens cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"nothing may be written to the folder {folder} for tokens")
 
 
 def _stdin() -> int | None:
@@ -188,26 +186,21 @@ def ask(
     ConfigurationError.
     """
     state = secrets.token_urlsafe(32)
-    with _listening(port, state) as (port, arrived):
-        flow = _flow(client, f"http://{LOOPBACK}:{port}/")
+    with _way_back(port, state) as way_back:
+        flow = _flow(client, way_back.redirect_uri)
         hint = {"login_hint": account} if account else {}
         address, _ = flow.authorization_url(state=state, access_type="offline", prompt="consent", **hint)
         opened = browse is not None and browse(address)
-        out.write(_invitation(address, port, account, opened=bool(opened), minutes=patience / 60))
+        out.write(_invitation(address, way_back.port, account, opened=bool(opened), minutes=patience / 60))
         out.flush()
-        answer = _awaited(arrived, typed, state, out, patience, clock)
+        answer = way_back.wait(typed, out, patience, clock)
+    if answer is None:
+        raise ConsentFailed(
+            f"time out: no answer within {patience:.0f} s; where the browser showed an error of Google's, {GUIDE} has its cure"
+        )
     if answer.error:
         raise ConsentFailed(_refusal(answer.error))
     return granted(_exchange(flow, answer.code), client, account, clock.wall())
-
-
-def answer_in(text: str, state: str) -> Answer | None:
-    """The answer in a redirected address or in its query; None: it holds none, or one to a request not ours."""
-    fields = dict(parse_qsl(text.strip().rpartition("?")[2].partition("#")[0]))
-    if not secrets.compare_digest(fields.get("state", "").encode(), state.encode()):
-        return None
-    answer = Answer(fields.get("code", ""), fields.get("error", ""))
-    return answer if answer.code or answer.error else None
 
 
 def granted(answer: Mapping[str, Any], client: Client, account: str, now: datetime) -> StoredToken:
@@ -249,6 +242,15 @@ def granted(answer: Mapping[str, Any], client: Client, account: str, now: dateti
     )
 
 
+def _way_back(port: int, state: str) -> WayBack:
+    try:
+        return WayBack(port, state)
+    except OSError as error:
+        raise ConsentFailed(
+            f"port {port} of {LOOPBACK} is taken ({error.strerror}); set GMAIL_AUTH_PORT to a free one, or to 0 for any"
+        ) from None
+
+
 def _invitation(address: str, port: int, account: str, *, opened: bool, minutes: float) -> str:
     who = f" as {account}" if account else ""
     first = "The browser shows Google's consent page; should it not, open" if opened else "Open in a browser"
@@ -278,89 +280,14 @@ def _refusal(error: str) -> str:
     return f"{why} ({shown}); nothing was written; what to do: {GUIDE}"
 
 
-# The way back: a port of this machine, or the terminal
-
-
-@contextmanager
-def _listening(port: int, state: str) -> Iterator[tuple[int, socket.socket]]:
-    """(port, a socket that gets each request's query as a datagram). Only the answer to `state` is thanked for.
-
-    Browsers open connections and say nothing, ask for a favicon, reload old tabs: each gets a thread and ends nothing.
-    """
-    arrived, found = socket.socketpair(type=socket.SOCK_DGRAM)
-
-    class Handler(BaseHTTPRequestHandler):
-        timeout = 10.0
-
-        def do_GET(self) -> None:
-            url = urlsplit(self.path)
-            ours = url.path == "/" and answer_in(url.query, state) is not None
-            page = b"Google's answer has arrived: the terminal says what it was. You may close this page.\n"
-            self.send_response(200 if ours else 404)
-            self.send_header("Content-Type", "text/plain; charset=utf-8")
-            self.end_headers()
-            self.wfile.write(page if ours else b"Not the answer that is waited for.\n")
-            if url.path == "/":
-                found.send(url.query.encode())
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Nothing: the path holds the code."""
-
-    try:
-        server = _Listener((LOOPBACK, port), Handler)
-    except OSError as error:
-        raise ConsentFailed(
-            f"port {port} of {LOOPBACK} is taken ({error.strerror}); set GMAIL_AUTH_PORT=0 or to a free one"
-        ) from None
-    threading.Thread(target=server.serve_forever, args=(0.05,), name="consent", daemon=True).start()
-    try:
-        yield int(server.server_address[1]), arrived
-    finally:
-        server.shutdown()
-        server.server_close()
-        arrived.close()
-        found.close()
-
-
-class _Listener(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Nothing: who leaves before the answer is no news."""
-
-
-def _awaited(arrived: socket.socket, typed: int | None, state: str, out: TextIO, patience: float, clock: Clock) -> Answer:
-    """The first answer to `state` from the port or the terminal. Raises ConsentFailed after `patience` seconds."""
-    deadline = clock.monotonic() + patience
-    sources: list[socket.socket | int] = [arrived] if typed is None else [arrived, typed]
-    unfinished = b""
-    while (left := deadline - clock.monotonic()) > 0:
-        for source in select.select(sources, [], [], left)[0]:
-            if isinstance(source, socket.socket):
-                lines = [source.recv(65536)]
-            elif octets := os.read(source, 65536):
-                *lines, unfinished = (unfinished + octets).split(b"\n")
-            else:
-                sources.remove(source)
-                lines, unfinished = [unfinished], b""
-            for line in filter(None, (line.decode("utf-8", "replace").strip() for line in lines)):
-                if answer := answer_in(line, state):
-                    return answer
-                out.write("That was no answer to this request (an old tab, or not the whole address); still waiting.\n")
-                out.flush()
-    raise ConsentFailed(
-        f"time out: no answer within {patience:.0f} s; where the browser showed an error of Google's, {GUIDE} has its cure"
-    )
-
-
 # Google's endpoints
 
 
 def _flow(client: Client, redirect_uri: str) -> Any:
     if urlsplit(client.token_uri).hostname == LOOPBACK:
         os.environ["OAUTHLIB_INSECURE_TRANSPORT"] = "1"  # oauthlib knows no other way to allow http on this machine
-    logging.getLogger("requests_oauthlib").setLevel(logging.INFO)  # at DEBUG it writes secrets and tokens
+    for telltale in ("requests_oauthlib", "oauthlib"):  # at DEBUG they write secrets and tokens
+        logging.getLogger(telltale).setLevel(logging.INFO)
     return InstalledAppFlow.from_client_config({"installed": asdict(client)}, list(SCOPES), redirect_uri=redirect_uri)
 
 

@@ -4,7 +4,7 @@ One token file per account, shared by every process that uses it. The file is th
 and refreshed by whoever holds the lock beside it, so that threads and processes together ask the endpoint once
 (RFC 6749 section 6, https://developers.google.com/identity/protocols/oauth2).
 
-    python -m src.auth.oauth2_gmail --info | --refresh [--token-file F]
+    python -m src.auth.oauth2_gmail --setup | --info | --refresh | --revoke [--username U] [--token-file F]
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from google.auth.exceptions import GoogleAuthError, RefreshError, TransportError
 from google.auth.transport.requests import Request
 from google.oauth2.credentials import Credentials
 
+from config.settings import SettingsError, load_settings
 from src.common.clock import SYSTEM, Clock, iso
 from src.common.exceptions import ConfigurationError, IngestionError, ReauthRequired, TokenEndpointUnavailable
 
 SCOPE = "https://mail.google.com/"
 TOKEN_URI = "https://oauth2.googleapis.com/token"  # noqa: S105 - an address
-TOKEN_FILE = Path("tokens/gmail_token.json")
+SINGLE_TOKEN = "gmail_token.json"  # noqa: S105 - a file name, in TOKEN_DIR
+TESTING_DAYS = 7
 
 # The verdicts of RFC 6749 section 5.2 that no repetition changes. Everything else may pass.
 PERMANENT = ("invalid_grant", "invalid_client", "unauthorized_client")
@@ -72,6 +74,12 @@ class TokenInfo:
     obtained_at: str
     expiry: datetime | None
     seconds_left: float
+
+
+def token_path(folder: Path, account: str) -> Path:
+    """Where the token of `account` stands in TOKEN_DIR: in its own file, else in the one of a single account."""
+    own = folder / f"{account}.json"
+    return own if own.exists() else folder / SINGLE_TOKEN
 
 
 def setup_command(account: str = "") -> str:
@@ -330,37 +338,65 @@ def _encode(token: StoredToken) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Show or refresh a token file. Exit codes: 0, 1 endpoint not to be had, 2 no usable file, 3 a person must consent."""
-    parser = argparse.ArgumentParser(prog="python -m src.auth.oauth2_gmail", description="The OAuth token of one mailbox.")
+    """Get, show, refresh or give back a token.
+
+    Exit codes: 0, 1 consent denied or endpoint not to be had, 2 no usable setting or file, 3 a person must consent.
+    """
+    parser = argparse.ArgumentParser(prog="python -m src.auth.oauth2_gmail", description="The OAuth token of one account.")
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--info", action="store_true", help="show account, scopes and expiry; no secret")
+    action.add_argument("--setup", action="store_true", help="ask for Google's consent, as producer.py --auth-setup does")
+    action.add_argument("--info", action="store_true", help="show account, scopes, age, expiry and what ends it; no secret")
     action.add_argument("--refresh", action="store_true", help="get a new access token now and store it")
-    parser.add_argument("--token-file", type=Path, default=TOKEN_FILE, metavar="F", help="default: %(default)s")
+    action.add_argument("--revoke", action="store_true", help="take the consent back at Google and remove the token file")
+    parser.add_argument("--username", metavar="U", help="the account (default: the one of gmail_token.json)")
+    parser.add_argument("--no-browser", action="store_true", help="with --setup: show the address, open no browser")
+    parser.add_argument("--token-file", type=Path, metavar="F", help="default: the account's in TOKEN_DIR")
     flags = parser.parse_args(arguments)
     try:
-        stored = read_token(flags.token_file)
-        source = TokenSource(flags.token_file, stored.account)
+        settings = load_settings({"GMAIL_USERNAME": flags.username})
+        path = flags.token_file or token_path(settings.mail.token_dir, flags.username or "")
+        if flags.setup:
+            from src.auth.consent import set_up  # which stands on this module
+
+            return set_up(settings, with_browser=not flags.no_browser, token_file=flags.token_file)
+        if flags.revoke:
+            from src.auth.consent import revoke
+
+            sys.stdout.write(f"{revoke(path)}: the consent is taken back; {path} is removed\n")
+            return 0
+        stored = read_token(path, flags.username or "")
+        source = TokenSource(path, flags.username or stored.account)
         if flags.refresh:
             source.access_token(refuse=stored.access_token)
-        sys.stdout.write(_show(source.info()))
-    except IngestionError as error:
+        sys.stdout.write(_show(source.info(), SYSTEM.wall()))
+    except (SettingsError, IngestionError) as error:
         sys.stderr.write(f"{error}\n")
-        return 2 if isinstance(error, ConfigurationError) else 3 if isinstance(error, ReauthRequired) else 1
+        return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 3 if isinstance(error, ReauthRequired) else 1
     return 0
 
 
-def _show(info: TokenInfo) -> str:
+def _show(info: TokenInfo, now: datetime) -> str:
     lines = {
         "token file": info.path,
         "account": info.account or "(not named in the file)",
         "scopes": " ".join(info.scopes) or "(not named in the file)",
         "endpoint": info.token_uri,
-        "consented": info.obtained_at or "(not known)",
+        "consented": _age(info.obtained_at, now),
         "access token": f"good for {info.seconds_left:.0f} s, until {iso(info.expiry)}"
         if info.seconds_left and info.expiry
         else "none; the next use gets one",
+        "ended by": f"{TESTING_DAYS} days after the consent if the app is in testing; 6 months without use; a new password; "
+        "the account or its administrator; --revoke",
     }
     return "".join(f"{name + ':':14} {value}\n" for name, value in lines.items())
+
+
+def _age(obtained_at: str, now: datetime) -> str:
+    try:
+        days = (now - datetime.fromisoformat(obtained_at)).days
+    except (ValueError, TypeError):
+        return "(not known)"
+    return f"{obtained_at}, {days} days ago"
 
 
 if __name__ == "__main__":

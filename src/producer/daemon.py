@@ -163,4 +163,6 @@ class Producer:
 
     def _report(self) -> None:
         for mailbox in self.mailboxes:
-            log.info("%s: %s, %d published, %d known already", mailbox.title, mailbox.status, mailbox.published, mailbox.known)
+            reader = mailbox.reader
+            status = "PAUSED" if reader.paused else mailbox.status
+            log.info("%s: %s, %d published, %d known already", mailbox.title, status, reader.published, reader.known)

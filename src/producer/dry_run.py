@@ -12,7 +12,7 @@ from src.imap.imap_client import Meta
 from src.mail.parse import parse
 from src.mail.record import Envelope
 from src.producer import plan
-from src.producer.mailbox import Session, identity_of
+from src.producer.reader import Session, identity_of
 from src.producer.state_manager import MarkerFile, StateManager
 
 SHOWN = 20

@@ -127,7 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(int(str(fault["status"])), "text/html", str(fault["body"]).encode())
             return
         code = form.get("grant_type") == "authorization_code"
-        self._answer(sandbox.tokens.grant(form, offline=not (code and sandbox.faults.take("no_refresh_token"))))
+        offline = not code or sandbox.faults.take("no_refresh_token") is None
+        self._answer(sandbox.tokens.grant(form, offline=offline))
 
     def _act(self, action: Callable[[Sandbox, _Request], Mapping[str, object]], body: bytes) -> None:
         try:

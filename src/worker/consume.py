@@ -62,6 +62,11 @@ class Consumer:
         with self.settled:
             return len(self._in_flight)
 
+    def at_work(self) -> int:
+        """How many mails handlers have now: without those that wait to run alone or to be begun, which take no handler's place."""
+        with self.settled:
+            return len(self._in_flight) - len(self._suspects) - len(self._unbegun)
+
     # take and begin
 
     def take(self, room: int) -> list[Started]:

@@ -109,7 +109,7 @@ class Worker:
         """Free slots; while handlers are fast, also what they will have finished before the next read returns."""
         fast = self._handler_seconds < FAST_HANDLER
         work = self.settings.work
-        return (max(work.concurrency, 3 * work.batch_size) if fast else work.concurrency) - self.consumer.in_flight()
+        return (max(work.concurrency, 3 * work.batch_size) if fast else work.concurrency) - self.consumer.at_work()
 
     def _wait_for_room(self) -> None:
         with self.consumer.settled:
@@ -161,7 +161,7 @@ class Worker:
     def _let_handlers_finish(self) -> None:
         consumer = self.consumer
         with consumer.settled:
-            consumer.settled.wait_for(lambda: consumer.in_flight() == 0, timeout=self.settings.run.shutdown_timeout)
+            consumer.settled.wait_for(lambda: consumer.at_work() == 0, timeout=self.settings.run.shutdown_timeout)
 
     def _end_settler(self, thread: threading.Thread) -> None:
         self.settler.close()

@@ -52,10 +52,12 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(valkey_of_session: RedisServer) -> Iterator[Stage]:
-    with Sandbox() as sandbox:
+def stage() -> Iterator[Stage]:
+    with Sandbox() as sandbox, RedisServer("valkey", options={"hz": "500"}) as valkey:  # blocked reads end on time
         for subject, day in (("retry", 10), ("dead", 10), ("done", 11)):
-            sandbox.deliver(ACCOUNT, f"Subject: {subject}\r\n\r\nx".encode(), internal_date=datetime(2026, 1, day, 12, tzinfo=UTC))
+            sandbox.deliver(
+                ACCOUNT, f"Subject: {subject}\r\n\r\nx".encode(), internal_date=datetime(2026, 1, day, 12, tzinfo=UTC)
+            )
         token = sandbox.tokens.grant(
             {
                 "grant_type": "refresh_token",
@@ -64,9 +66,9 @@ def stage(valkey_of_session: RedisServer) -> Iterator[Stage]:
                 "refresh_token": sandbox.tokens.refresh_token(ACCOUNT),
             }
         ).body["access_token"]
-        real = RedisClient.connect(valkey_of_session.url, max_connections=4, socket_timeout=10.0)
+        real = RedisClient.connect(valkey.url, max_connections=4, socket_timeout=10.0)
         world = World(
-            valkey_of_session.client(),
+            valkey.client(),
             real._transport,
             ImapEndpoint(sandbox.host, sandbox.imap_port, "none", 10.0, None),
             ACCOUNT,
@@ -124,7 +126,9 @@ def tell(stage: Stage, story: Story, trips: Trips) -> None:
 def check(stage: Stage) -> None:
     world, ids = stage.world, stage.ids
     assert_accounted(read_books(world.admin), [*ids.values()], dead={ids["dead"]: "permanent"})
-    added = {key: world.admin.xinfo_stream(key)["entries-added"] for key in (world.keys.stream, world.keys.dlq, world.keys.results)}
+    added = {
+        key: world.admin.xinfo_stream(key)["entries-added"] for key in (world.keys.stream, world.keys.dlq, world.keys.results)
+    }
     assert added == {world.keys.stream: 3, world.keys.dlq: 1, world.keys.results: 2}, "each enters once, dies once, is done once"
     with ImapMailbox(world.endpoint, ACCOUNT, MAILBOX, world.token) as session:
         uidvalidity, last_uid = session.folder.uidvalidity, session.uids_from(1)[-1]
@@ -160,3 +164,27 @@ def test_every_round_trip_fails_once(stage: Stage, story: Story) -> None:
     print(f"{story.__name__}: {points} points = 4 x ({counts['redis']} Redis + {counts['imap']} IMAP round trips)")
     assert counts["redis"] > 0 and counts["imap"] > 0
     assert points == 4 * (counts["redis"] + counts["imap"])
+
+
+def takeover(stage: Stage) -> None:
+    """Other processes do everything: what stood still is fenced off when it goes on."""
+    one_life(stage, Trips())
+
+
+def forgetting(stage: Stage) -> None:
+    """Redis loses all it knew; the disk and the mailbox remain."""
+    stage.world.admin.flushall()
+
+
+def renumbering(stage: Stage) -> None:
+    """The folder gets a new UIDVALIDITY, and open sessions end."""
+    stage.renumber()
+
+
+@pytest.mark.parametrize("event", [takeover, forgetting, renumbering], ids=lambda event: event.__name__)
+def test_something_happens_before_every_round_trip(stage: Stage, event: Callable[[Stage], None]) -> None:
+    """A process stands still before any round trip while the world changes, and goes on: every mail in one place, results once."""
+    counts = trips_of(stage, one_life)
+    points = sum(1 for _ in break_each(stage, one_life, Fault.MEANWHILE, lambda: event(stage)))
+    print(f"{event.__name__}: {points} points")
+    assert points == counts.total() > 0

@@ -42,7 +42,11 @@ def test_producer_stream_worker(imap: Pipeline) -> None:
     with imap.producer():
         imap.wait_for_uid(3)
         books = imap.books()
-        assert [(fields["subject"], fields["uid"]) for fields in books.stream.values()] == [("one", "1"), ("two", "2"), ("three", "3")]
+        assert [(fields["subject"], fields["uid"]) for fields in books.stream.values()] == [
+            ("one", "1"),
+            ("two", "2"),
+            ("three", "3"),
+        ]
         assert [fields["email_id"] for fields in books.stream.values()] == imap.delivered
         first = next(iter(books.stream.values()))
         assert first["account"] == imap.account
@@ -161,7 +165,9 @@ def test_concurrent_consumers(gmail: Pipeline) -> None:
 
 def test_thousand_mails(gmail: Pipeline) -> None:
     """1,000 mails, some failing once, some dead: every one in exactly one place."""
-    subjects = ["permanent" if number % 100 == 7 else "fail 1" if number % 20 == 3 else f"mail {number}" for number in range(1000)]
+    subjects = [
+        "permanent" if number % 100 == 7 else "fail 1" if number % 20 == 3 else f"mail {number}" for number in range(1000)
+    ]
     ids = gmail.deliver(*subjects)
     with gmail.producer(), gmail.worker(), gmail.worker():
         gmail.wait_until_settled(timeout=120)

@@ -112,13 +112,16 @@ class World:
 
 
 class _BeatsThatRenew(Beats):
-    """The lease thread of a producer, which comes whenever its mailbox gives a sign of life."""
+    """The lease thread of a producer, which comes with every second sign of life of its mailbox."""
 
-    mailbox: Mailbox
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.mailbox: Mailbox | None = None
+        self._signs = count()
 
     def turn(self, name: str, limit: float) -> None:
         super().turn(name, limit)
-        if self.mailbox.owns:
+        if self.mailbox and self.mailbox.owns and next(self._signs) % 2:
             with suppress(Transient):
                 self.mailbox.states.acquire(LEASE)
 

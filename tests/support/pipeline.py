@@ -143,7 +143,9 @@ class Pipeline:
     def wait_for_begun(self, email_ids: Collection[str], timeout: float = DEADLINE) -> None:
         """Wait until a handler has begun with each of these mails."""
         until(
-            lambda: set(email_ids) <= {line.email_id for line in self.lines("begin")}, timeout, f"{len(email_ids)} mails are begun"
+            lambda: set(email_ids) <= {line.email_id for line in self.lines("begin")},
+            timeout,
+            f"{len(email_ids)} mails are begun",
         )
 
     def open_gate(self, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from src.common.exceptions import ConfigurationError, ScriptRefused
+from src.common.exceptions import ConfigurationError, DiskUnavailable, ScriptRefused
 from src.producer.plan import Marker, State
 from src.producer.state_manager import Held, Identity, Lease, Mail, MarkerFile, Published, StateManager, escaped
 from tests.support.fake import DAY, DONE, Store, fields_of, flat
@@ -410,6 +410,6 @@ def test_a_marker_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> N
     file.write(Marker(SECOND, "2026-01-01"))
     [path] = tmp_path.rglob("*.json")
     path.with_suffix(".tmp").mkdir()
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(DiskUnavailable, match=r"INBOX\.json cannot be written .*: make room or mend DATA_DIR"):
         file.write(Marker(SECOND, "2026-02-02"))
     assert json.loads(path.read_text())["oldest"] == "2026-01-01"

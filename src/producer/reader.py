@@ -1,0 +1,324 @@
+"""From one mailbox into the stream: plan, fetch, parse, publish, and what is remembered on disk beside it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import date, timedelta
+from typing import Literal, Protocol
+
+from config.settings import Settings
+from src.common.batch import split
+from src.common.clock import Clock, iso
+from src.common.correlation import correlated
+from src.common.exceptions import ImapIncomplete
+from src.imap.imap_client import Folder, Meta
+from src.mail.parse import parse, stub
+from src.mail.record import Envelope, gmail_email_id, hashed_email_id, header_email_id, in_mailbox_scope, to_fields
+from src.producer import plan
+from src.producer.plan import Marker, State
+from src.producer.pulse import Pulse
+from src.producer.state_manager import Identity, Mail, MarkerFile, StateManager
+
+log = logging.getLogger(__name__)
+
+STUB_BYTES = 65_536
+FETCH_BYTES = 8 << 20  # most bytes of bodies in one FETCH
+PUBLISH_BYTES = 1 << 20  # most bytes of records in one publish: a script over more holds the server too long
+TRIES = 3  # for a mail whose data the server does not give
+LAST = 10  # mails at the end of a folder that tell its newest INTERNALDATE
+MARKER_SECONDS = 10.0  # how far the marker may lag behind where nothing is at stake
+
+
+class Session(Protocol):
+    """What is needed of `src.imap.imap_client.ImapMailbox`."""
+
+    folder: Folder
+
+    def uids_from(self, first: int) -> list[int]: ...
+    def uids_since(self, day: date, first: int = 1) -> list[int]: ...
+    def has(self, uid: int) -> bool: ...
+    def meta(self, uids: Sequence[int]) -> dict[int, Meta]: ...
+    def bodies(self, uids: Sequence[int]) -> dict[int, bytes]: ...
+    def head(self, uid: int, limit: int) -> bytes: ...
+    def wait(self, seconds: float, stop: Callable[[], bool]) -> bool: ...
+
+
+class NotOurs(Exception):
+    """Another producer owns the mailbox, or the state is not the one we read: own it anew before going on."""
+
+
+@dataclass
+class Reader:
+    """Reads one mailbox through whatever session it is given. `new_id`: a fresh random id.
+
+    `paused`: the stream is full and intake waits. Methods raise what RedisClient and the session raise, and NotOurs.
+    """
+
+    settings: Settings
+    account: str
+    name: str
+    states: StateManager
+    marker_file: MarkerFile
+    clock: Clock
+    new_id: Callable[[], str]
+    pulse: Pulse
+    paused: bool = False
+    published: int = 0
+    known: int = 0
+    _newest: str = ""
+    _marker: Marker | None = None
+    _marker_written: float = 0.0
+    _tries: dict[int, int] = field(default_factory=dict)
+    _given_up: set[int] = field(default_factory=set)
+    _gone: set[int] = field(default_factory=set)
+
+    # how to begin
+
+    def begin(self, session: Session, state: State | None) -> State:
+        """Decide how to begin, and record it if anything is new: before the first mail of a read is published."""
+        folder = session.folder
+        if state is not None and state.uidvalidity == folder.uidvalidity:
+            if self._marker is None:
+                self.remember(state, force=True)
+            return state
+        listed = session.uids_from(1)
+        highest = listed[-1] if listed else 0
+        last = session.meta(listed[-LAST:])
+        if listed and not last:
+            raise ImapIncomplete(listed[-LAST:])
+        newest = max((meta.internal_date for meta in last.values()), default="")
+        if self._marker is None:
+            self._marker = self.marker_file.read()
+        opened = plan.opening(
+            state,
+            self._marker,
+            uidvalidity=folder.uidvalidity,
+            highest=highest,
+            newest=newest,
+            threshold=plan.first_threshold(self.settings.mail.initial_sync, self.clock.wall()),
+            traces=self.pulse.ask_redis(self.states.traces) if state is None and self._marker is None else None,
+        )
+        day = plan.search_day(opened.state)
+        dated = session.uids_since(day) if day else listed
+        log.info(
+            "%s: %s (%d of %d mails to look at)",
+            self.pulse.title,
+            opened.why,
+            len(dated) if opened.state.horizon else 0,
+            len(listed),
+        )
+        if opened.kind == "first":
+            self._newest = newest
+        self.remember(opened.state, force=True)
+        self._publish([], state, opened.state)
+        return opened.state
+
+    def compare_marker(self, state: State | None) -> None:
+        """Say so where Redis knows less than the disk: an older copy of it came back."""
+        self._marker = self._marker or self.marker_file.read()
+        marker = self._marker
+        if state is None or marker is None:
+            return
+        if marker.state.uidvalidity == state.uidvalidity and state.last_uid < marker.state.last_uid:
+            log.warning(
+                "%s: Redis came back older (last_uid %d, %d was reached): mail since then is read again, effects may repeat",
+                self.pulse.title,
+                state.last_uid,
+                marker.state.last_uid,
+            )
+
+    def settle_absent(self, session: Session) -> None:
+        """Mails whose data the server withheld: gone if the folder does not show them twice, a stub after the last try."""
+        for uid, tries in list(self._tries.items()):
+            if not session.has(uid) and not session.has(uid):
+                log.info("%s: UID %d is gone from the folder", self.pulse.title, uid)
+                self._gone.add(uid)
+                del self._tries[uid]
+            elif tries >= TRIES:
+                log.error(
+                    "%s: UID %d was asked for %d times without an answer: it enters as a stub", self.pulse.title, uid, tries
+                )
+                self._given_up.add(uid)
+                del self._tries[uid]
+
+    # what is new
+
+    def poll(self, session: Session, state: State) -> State:
+        """Bring everything above `last_uid` to its fate."""
+        self.pulse.turn()
+        reading_by_date = state.last_uid < state.horizon
+        listed = session.uids_from(state.last_uid + 1)
+        day = plan.search_day(state)
+        dated = set(session.uids_since(day, state.last_uid + 1)) if day else None
+        uids = plan.candidates(state, listed, dated)
+        start, left_out = state, len(listed) - len(uids)
+        size = self.settings.mail.batch_size
+        for first in range(0, len(uids), size):
+            state = self._read_window(session, state, uids[first : first + size])
+            if self.pulse.shutdown.requested:
+                return state
+            if reading_by_date and first // size % 10 == 9:
+                log.info("%s: read %d of %d", self.pulse.title, first + size, len(uids))
+        done = plan.finished(plan.advanced(state, 0, passed=left_out), listed[-1] if listed else 0)
+        if done != state or state == start:
+            self._publish([], state, done)  # also what says that this mailbox was polled, and is still ours
+        if reading_by_date:
+            log.info("%s: the read by date is complete, %d mails were left out", self.pulse.title, done.passed - start.passed)
+        self.remember(done, force=reading_by_date)
+        return done
+
+    # a window of mails
+
+    def _read_window(self, session: Session, state: State, uids: Sequence[int]) -> State:
+        """Publish what is new among `uids`; the state moves with each batch. Raises ImapIncomplete behind the contiguous prefix."""
+        self.pulse.turn()
+        metas = session.meta(uids)
+        metas.update({uid: Meta(uid, "", 0, "", "", (), b"") for uid in uids if uid in self._given_up and uid not in metas})
+        ready, absent = plan.prefix([uid for uid in uids if uid not in self._gone], metas.keys())
+        identities = {
+            uid: identity_of(self.account, self.name, session.folder, metas[uid], self.settings.mail.dedup_scope) for uid in ready
+        }
+        unknown = self.pulse.ask_redis(lambda: self.states.missing(list(identities.values()), self.account))
+        self._newest = max([self._newest, *(metas[uid].internal_date for uid in ready)])
+        fresh = {ready[position] for position in unknown}
+        wanted = [
+            uid for uid in ready if uid in fresh and plan.counts(state, uid, metas[uid].internal_date, self._forgotten_before())
+        ]
+        self.known += len(ready) - len(fresh)
+        passed = len(fresh) - len(wanted)
+        most = self.settings.mail.max_message_bytes
+        sizes = {uid: min(metas[uid].size, most) for uid in wanted}
+        for group in split(wanted, sizes.__getitem__, most=len(wanted), most_bytes=FETCH_BYTES):
+            mails, withheld = self._fetched(session, [(metas[uid], identities[uid]) for uid in group])
+            for batch in split(mails, lambda mail: mail.size, most=len(group), most_bytes=PUBLISH_BYTES):
+                state = self._publish(batch, state, plan.advanced(state, batch[-1].uid))
+            if withheld:
+                self._missed(withheld)
+        if ready:
+            moved = plan.advanced(state, ready[-1], passed=passed)
+            if moved != state:
+                state = self._publish([], state, moved)
+        if absent:
+            self._missed(absent)
+        return state
+
+    def _missed(self, uids: list[int]) -> None:
+        for uid in uids:
+            self._tries[uid] = self._tries.get(uid, 0) + 1
+        raise ImapIncomplete(uids)
+
+    def _fetched(self, session: Session, wanted: Sequence[tuple[Meta, Identity]]) -> tuple[list[Mail], list[int]]:
+        """(the contiguous prefix as mails, the UIDs whose data did not come)."""
+        most = self.settings.mail.max_message_bytes
+        whole = [meta.uid for meta, _ in wanted if meta.size <= most and meta.uid not in self._given_up]
+        self.pulse.turn()
+        bodies = session.bodies(whole) if whole else {}
+        had = set(bodies) | {meta.uid for meta, _ in wanted if meta.uid not in whole}
+        ready, withheld = plan.prefix([meta.uid for meta, _ in wanted], had)
+        mails = []
+        for meta, identity in wanted[: len(ready)]:
+            self.pulse.turn()
+            raw = bodies.get(meta.uid)
+            head = session.head(meta.uid, STUB_BYTES) if raw is None else b""
+            mails.append(self._mail(session.folder, meta, identity, raw, head))
+        return mails, withheld
+
+    def _mail(self, folder: Folder, meta: Meta, identity: Identity, raw: bytes | None, head: bytes) -> Mail:
+        correlation_id = self.new_id()
+        envelope = Envelope(
+            account=self.account,
+            mailbox=self.name,
+            uid=meta.uid,
+            uidvalidity=folder.uidvalidity,
+            internal_date=meta.internal_date,
+            size=meta.size,
+            email_id=identity.email_id,
+            correlation_id=correlation_id,
+            ingested_at=iso(self.clock.wall()),
+            gm_thrid=meta.gm_thrid,
+            gm_labels=meta.gm_labels,
+        )
+        with correlated(correlation_id):
+            if raw is not None:
+                record = parse(raw, envelope)
+            elif meta.uid in self._given_up:
+                record = stub(envelope, head or meta.header, f"the server did not give this mail in {TRIES} tries")
+            else:
+                reason = f"{meta.size} bytes, above MAX_MESSAGE_BYTES={self.settings.mail.max_message_bytes}"
+                record = stub(envelope, head or meta.header, reason)
+            log.debug("%s: UID %d is %s", self.pulse.title, meta.uid, identity.email_id)
+        return Mail(meta.uid, to_fields(envelope, record))
+
+    def _forgotten_before(self) -> str:
+        return iso(self.clock.wall() - timedelta(days=self.settings.stream.processed_days))
+
+    # record it
+
+    def _publish(self, mails: Sequence[Mail], expected: State | None, state: State) -> State:
+        """One batch, once, whatever calls fail; waits while the stream is full. Raises NotOurs."""
+        self._cover(mails, state)
+        batch, most_live, said = self.new_id(), self._most_live(state), False
+        while True:
+            self.pulse.turn()
+            answer = self.pulse.ask_redis(
+                lambda: self.states.publish(
+                    mails, batch=batch, expected=expected, state=state, now=self.clock.wall(), most_live=most_live
+                )
+            )
+            if answer.verdict in ("OK", "ALREADY"):
+                added = sum(answer.added) if answer.verdict == "OK" else len(mails)
+                self.published += added
+                self.known += len(mails) - added
+                self.paused = False
+                if said:
+                    log.info("%s: the stream has room again", self.pulse.title)
+                return state
+            if answer.verdict == "FENCED":
+                raise NotOurs("another producer took the mailbox over")
+            if answer.verdict == "STALE":
+                raise NotOurs("Redis holds another state of the mailbox than we read")
+            if not said:
+                said = True
+                log.warning(
+                    "%s: the stream holds %d unfinished mails (limit %d): intake waits", self.pulse.title, answer.live, most_live
+                )
+            self.paused = True
+            if self.pulse.pause(1.0):
+                raise NotOurs("stopped while the stream was full")
+
+    def _most_live(self, state: State) -> int:
+        """Backfill may fill a tenth of the stream, so that new mail is never behind it."""
+        limit = self.settings.stream.maxlen
+        return max(1, limit // 10) if state.last_uid <= state.horizon and state.horizon else limit
+
+    def _cover(self, mails: Sequence[Mail], state: State) -> None:
+        """The marker must never be younger than the oldest mail that is about to be unfinished."""
+        days = [mail.fields["internal_date"][:10] for mail in mails]
+        if days and self._marker and self._marker.oldest and min(days) < self._marker.oldest:
+            self._write_marker(Marker(self._marker.state, min(days)))
+
+    def remember(self, state: State, *, force: bool) -> None:
+        """Bring the marker up to date: at once where a read begins or ends, else from time to time."""
+        marker, now = self._marker, self.clock.monotonic()
+        if marker and not force and (marker.state == state or now - self._marker_written < MARKER_SECONDS):
+            return
+        unfinished = plan.oldest_open(self.pulse.ask_redis(self.states.open_days), self.account, self.name)
+        newest = min(self._newest, iso(self.clock.wall()))[:10]
+        self._write_marker(Marker(state, unfinished or newest or (marker.oldest if marker else "")))
+
+    def _write_marker(self, marker: Marker) -> None:
+        self.marker_file.write(marker)
+        self._marker, self._marker_written = marker, self.clock.monotonic()
+
+
+def identity_of(account: str, mailbox: str, folder: Folder, meta: Meta, scope: Literal["account", "mailbox"]) -> Identity:
+    """Gmail's message id; elsewhere the hash of what the server says and the header; where it says nothing, the place."""
+    if folder.gmail and meta.gm_msgid:
+        email_id = gmail_email_id(account, meta.gm_msgid)
+    elif meta.internal_date:
+        email_id = header_email_id(account, meta.internal_date, meta.size, meta.header, meta.start)
+    else:
+        email_id = hashed_email_id(account, b"no data", f"{mailbox}\n{folder.uidvalidity}\n{meta.uid}".encode())
+    return Identity(in_mailbox_scope(email_id, mailbox) if scope == "mailbox" else email_id, meta.internal_date)

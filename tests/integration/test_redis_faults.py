@@ -1,0 +1,144 @@
+"""Redis forgets, dies, comes late; both daemons are real processes, each test accounts for every mail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from src.sandbox.server import Sandbox
+from tests.support.pipeline import DEADLINE, Pipeline
+from tests.support.servers import RedisServer, have_redis, need
+from tests.support.wait import until
+
+STREAM = "email_ingestion_stream"
+NOTHING_ON_DISK = "this Redis keeps nothing on disk"
+
+
+@pytest.fixture(params=["redis", "valkey"])
+def durable(request: pytest.FixtureRequest, sandbox: Sandbox, tmp_path: Path) -> Iterator[Pipeline]:
+    """Into a server of its own with an append-only file: what was answered survives kill -9."""
+    binary: Literal["redis", "valkey"] = request.param
+    need(binary == "valkey" or have_redis(), "redis-server")
+    with RedisServer(binary, appendonly=True) as server:
+        yield Pipeline(sandbox, server, tmp_path)
+
+
+def test_flushall_while_running(pipeline: Pipeline) -> None:
+    """FLUSHALL with mail at work, waiting for its retry, and dead: the producer reads again from its marker, the worker joins again."""
+    [held, *_] = pipeline.deliver("hold gate", "fine", "fail 1", "fail 1", "permanent")
+    with pipeline.producer() as producer, pipeline.worker() as worker:
+        pipeline.wait_for_begun(pipeline.delivered)
+        pipeline.wait_for_uid(5)
+        pipeline.client.flushall()
+        pipeline.deliver("came after")
+        producer.wait_for("the state is gone from Redis: reading again", DEADLINE)
+        worker.wait_for("joining again", DEADLINE)
+        until(
+            lambda: len([line for line in pipeline.lines("begin") if line.email_id == held]) == 2, DEADLINE, "it is begun again"
+        )
+        pipeline.open_gate("gate")
+        pipeline.wait_until_settled()
+        pipeline.wait_for_uid(6)
+        assert producer.terminate() == 0
+        assert worker.terminate() == 0
+    pipeline.assert_accounted(dead={pipeline.delivered[4]: "permanent"})
+    assert [group["pending"] for group in pipeline.client.xinfo_groups(STREAM)] == [0]
+
+
+def test_flushall_while_nothing_runs(pipeline: Pipeline) -> None:
+    """Redis was emptied overnight: the producer reads from its marker, never from "new" and never what it once left out."""
+    pipeline.deliver("one", "two", days_ago=3, expected=False)
+    with pipeline.producer(INITIAL_SYNC="new") as producer, pipeline.worker():
+        pipeline.wait_for_first_poll()
+        pipeline.deliver("three", "four")
+        pipeline.wait_until_settled()
+        assert producer.terminate() == 0
+    pipeline.client.flushall()
+    pipeline.deliver("came meanwhile")
+    with pipeline.producer(INITIAL_SYNC="new") as producer, pipeline.worker():
+        producer.wait_for("the state is gone from Redis: reading again", DEADLINE)
+        pipeline.wait_until_settled()
+        pipeline.wait_for_uid(5)
+    assert set(pipeline.delivered) <= {line.email_id for line in pipeline.lines("end")}
+    pipeline.assert_accounted()
+
+
+def test_server_gone_and_back(durable: Pipeline) -> None:
+    """kill -9 of the server with mail at work and in every state, three times; both daemons wait, say so and go on by themselves."""
+    with durable.producer() as producer, durable.worker(MAX_ATTEMPTS="3") as worker:
+        for number in range(3):
+            gate = f"gate{number}"
+            [held, *_] = durable.deliver(f"hold {gate}", "fail 1", "permanent", *(f"mail {n}" for n in range(30)))
+            durable.wait_for_begun([held])
+            durable.redis.kill9()
+            durable.open_gate(gate)
+            durable.deliver(*(f"meanwhile {n}" for n in range(10)))
+            for daemon in (producer, worker):
+                seen = daemon.output().count("Redis is away or full")
+                until(lambda d=daemon, s=seen: d.output().count("Redis is away or full") > s or s, DEADLINE, "it says so")
+            durable.redis.start()
+            durable.wait_until_settled()
+        assert producer.terminate() == 0
+        assert worker.terminate() == 0
+    dead = {fields["email_id"]: "permanent" for fields in durable.books().dead.values()}
+    assert len(dead) == 3
+    durable.assert_accounted(dead=dead)
+
+
+def test_server_frozen_for_longer_than_a_call_may_take(durable: Pipeline) -> None:
+    """The server answers nothing for a while and then does what it was told: no batch enters twice, no result is written twice."""
+    slow = {"REDIS_SOCKET_TIMEOUT": "1"}
+    with durable.producer(**slow) as producer, durable.worker(**slow) as worker:
+        durable.deliver("hold gate", *(f"mail {n}" for n in range(20)))
+        durable.wait_for_begun(durable.delivered)
+        durable.redis.freeze()
+        durable.open_gate("gate")
+        durable.deliver(*(f"meanwhile {n}" for n in range(20)))
+        producer.wait_for("Redis is away or full", DEADLINE)
+        worker.wait_for("Redis is away or full", DEADLINE)
+        durable.redis.thaw()
+        durable.wait_until_settled()
+    durable.assert_accounted()
+    assert durable.client.get(f"producer_state:{durable.account}:INBOX:email_count") == "41"
+
+
+def test_redis_away_at_start(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Both daemons start before Redis: they wait and say so, then work."""
+    server = RedisServer("valkey", appendonly=True)
+    pipeline = Pipeline(sandbox, server, tmp_path)
+    pipeline.deliver("one", "two")
+    with pipeline.producer() as producer, pipeline.worker() as worker:
+        producer.wait_for("Redis does not answer yet", DEADLINE)
+        worker.wait_for("Redis does not answer yet", DEADLINE)
+        with server:
+            pipeline.wait_until_settled()
+            pipeline.assert_accounted()
+            assert producer.terminate() == 0
+            assert worker.terminate() == 0
+
+
+def test_daemons_that_wait_for_redis_end_on_sigterm(sandbox: Sandbox, tmp_path: Path) -> None:
+    """While Redis is away SIGTERM ends both daemons with exit code 0."""
+    pipeline = Pipeline(sandbox, RedisServer("valkey"), tmp_path)
+    with pipeline.producer() as producer, pipeline.worker() as worker:
+        for daemon in (producer, worker):
+            daemon.wait_for("Redis is away or full", DEADLINE)
+            assert daemon.terminate() == 0
+
+
+def test_persistence_off_is_warned_of(pipeline: Pipeline) -> None:
+    """A server that keeps nothing on disk is named at the start of both daemons, with the command that changes it."""
+    with pipeline.producer() as producer, pipeline.worker() as worker:
+        for daemon in (producer, worker):
+            daemon.wait_for(f"WARNING {NOTHING_ON_DISK}.*CONFIG SET appendonly yes", DEADLINE)
+
+
+def test_persistence_on_is_not_warned_of(durable: Pipeline) -> None:
+    """With an append-only file there is no such warning."""
+    with durable.producer() as producer, durable.worker() as worker:
+        producer.wait_for("producer reads", DEADLINE)
+        worker.wait_for("worker .* reads", DEADLINE)
+        assert NOTHING_ON_DISK not in producer.output() + worker.output()
