@@ -117,6 +117,22 @@ class MailSettings(Section):
     lease: Positive = Field(
         30, alias="PRODUCER_LEASE", description="Seconds after which a standby producer takes a silent one's mailbox over."
     )
+    relist_interval: Positive = Field(
+        600,
+        alias="RELIST_INTERVAL",
+        description="Seconds between two looks for mail that became visible late; each sixth goes back two days.",
+    )
+    daily_bytes: int = Field(
+        2_000_000_000,
+        alias="DAILY_BYTES",
+        ge=1_000_000,
+        description="Bytes a day and account at which old mail waits for tomorrow.",
+    )
+    overquota_wait: Positive = Field(3600, alias="OVERQUOTA_WAIT", description="Seconds of rest after the server's [OVERQUOTA].")
+    throttled_wait: Positive = Field(900, alias="THROTTLED_WAIT", description="Seconds of rest after the server's [THROTTLED].")
+    connections_wait: Positive = Field(
+        300, alias="CONNECTIONS_WAIT", description="Seconds of rest after `Too many simultaneous connections`."
+    )
     incomplete_wait: Positive = Field(
         15,
         alias="INCOMPLETE_WAIT",

@@ -62,14 +62,16 @@ def set_up(settings: Settings, *, with_browser: bool, token_file: Path | None = 
     """`--auth-setup`: a consent for each account of `settings`, or for whichever account the person takes.
 
     Talks on stdout and stderr, reads pasted addresses from stdin. Exit code: 0, or 1 when a consent came to nothing.
-    Raises ConfigurationError before anybody is asked.
+    Raises ConfigurationError: a setting or a place is wrong (seen before anybody is asked), or Google does not know our client.
     """
     client = client_of(settings.auth)
     accounts: Sequence[str] = settings.mail.usernames or ("",)
+    if token_file and len(accounts) > 1:
+        raise ConfigurationError(f"--token-file is for one account, not for {', '.join(accounts)}")
     try:
         for account in accounts:
             path = token_file or file_for(settings.mail.token_dir, account, alone=len(accounts) == 1)
-            _make_folder(path.parent)
+            make_place(path)
             browse = webbrowser.open if with_browser else None
             token = ask(client, account or account_in(path), settings.auth.port, sys.stdout, browse=browse, typed=_stdin())
             keep(path, token)
@@ -78,7 +80,7 @@ def set_up(settings: Settings, *, with_browser: bool, token_file: Path | None = 
         sys.stderr.write(f"{error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; nothing was written\n")
+        sys.stderr.write("stopped; nothing more was written\n")
         return 1
     return 0
 
@@ -151,14 +153,14 @@ def keep(path: Path, token: StoredToken) -> None:
         raise ConfigurationError(f"the token file {path} cannot be written: {error.strerror}") from error
 
 
-def _make_folder(folder: Path) -> None:
-    """Sees before anybody is asked that a token could be written there."""
+def make_place(path: Path) -> None:
+    """See before anybody is asked that a token could be written there. Raises ConfigurationError."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigurationError(f"the folder {folder} for tokens cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigurationError(f"nothing may be written to the folder {folder} for tokens")
+        raise ConfigurationError(f"the folder {path.parent} for tokens cannot be made: {error.strerror}") from error
+    with locked(path):
+        pass
 
 
 def _stdin() -> int | None:

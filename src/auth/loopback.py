@@ -84,8 +84,7 @@ class WayBack:
         return None
 
 
-from socketserver import TCPServer
-class _Listener(TCPServer):
+class _Listener(ThreadingTCPServer):
     """`arrived` gets the query of each request as a datagram, after the browser has got its page."""
 
     allow_reuse_address = True

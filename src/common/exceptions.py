@@ -7,6 +7,8 @@ translated into these once, in the module that owns the connection.
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 class IngestionError(Exception):
     """The root of the hierarchy; never raised itself."""
@@ -18,6 +20,18 @@ class Transient(IngestionError):
 
 class Permanent(IngestionError):
     """Repeating the call cannot help. A handler raises it to bury a mail at once."""
+
+
+class RetryLater(Transient):
+    """A handler raises it to set the delay before its next attempt itself. `seconds`: that delay; the attempt counts."""
+
+    def __init__(self, seconds: float, reason: str = "") -> None:
+        super().__init__(reason or f"again in {seconds:g} s")
+        self.seconds = seconds
+
+
+class SkipEmail(IngestionError):
+    """A handler raises it with the reason: there is nothing to do for this mail, it is done."""
 
 
 class Fatal(IngestionError):
@@ -50,6 +64,14 @@ class ScriptRefused(Permanent):
 
 class ImapUnavailable(Transient):
     """The IMAP server cannot be reached, ended the session, or answered out of protocol."""
+
+
+class ImapThrottled(Transient):
+    """The server asks for a long pause. `kind`: OVERQUOTA (the day's bytes), THROTTLED (too busy), CONNECTIONS (too many at once)."""
+
+    def __init__(self, kind: Literal["OVERQUOTA", "THROTTLED", "CONNECTIONS"], text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class ImapIncomplete(Transient):

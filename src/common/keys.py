@@ -34,7 +34,7 @@ class MailboxKeys:
 
     @cached_property
     def intake(self) -> str:
-        """Hash: owner, until, epoch, batch (the fence) and boundary, horizon, first_complete, passed (the first read)."""
+        """Hash: owner, until, epoch, batch (the fence) and boundary, horizon, first_complete, passed, floor (the read by date), resync."""
         return self._key("intake")
 
 
@@ -85,6 +85,10 @@ class Keys:
         `internal_date`: ISO 8601 in UTC, or "" where the server gave none.
         """
         return f"{self.stream}:processed:{account}:{day_of(internal_date)}"
+
+    def bytes_read(self, account: str, moment: str) -> str:
+        """Counter of the bytes read from `account` on the day of `moment` (ISO 8601, UTC)."""
+        return f"producer_state:{account}:bytes:{day_of(moment)}"
 
     def mailbox(self, account: str, mailbox: str) -> MailboxKeys:
         return MailboxKeys(account, mailbox)

@@ -21,6 +21,15 @@ Arg = str | bytes | int | float
 Fields = dict[str, str]
 
 NOT_NOW = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "NOREPLICAS", "UNBLOCKED")
+NOT_NOW_ERRORS = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.InvalidResponse,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.TryAgainError,
+    OSError,
+)
 NO_ROOM = ("OOM", "MISCONF")
 NOT_ALLOWED = ("NOAUTH", "WRONGPASS", "NOPERM")
 
@@ -61,8 +70,11 @@ class RedisClient:
                 max_connections=max_connections,
                 health_check_interval=0,
             )
-        except ValueError as error:
-            raise ConfigurationError(f"REDIS_URL: {error}") from None
+        except ValueError:  # its text may hold a part of the password
+            raise ConfigurationError(
+                "REDIS_URL: host, port or an option of the address cannot be read "
+                "(special characters in user and password are written as %XX)"
+            ) from None
         transport.response_callbacks.clear()  # replies as RESP2 sends them: no per-command reshaping in the hot path
         return cls(transport)
 
@@ -79,7 +91,7 @@ class RedisClient:
         """One command, its RESP2 reply with text decoded as UTF-8 (what is not UTF-8 becomes U+FFFD)."""
         try:
             return self._transport.execute_command(*command)
-        except (redis.RedisError, OSError) as error:
+        except (redis.RedisError, OSError, UnicodeEncodeError) as error:
             raise translated(error) from error
 
     def run(self, name: str, keys: Sequence[str], args: Sequence[Arg]) -> Any:
@@ -89,7 +101,7 @@ class RedisClient:
             return self._transport.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
         except redis.exceptions.NoScriptError:
             return self.call("EVAL", script.source, len(keys), *keys, *args)
-        except (redis.RedisError, OSError) as error:
+        except (redis.RedisError, OSError, UnicodeEncodeError) as error:
             raise translated(error) from error
 
     def ping(self) -> None:
@@ -149,18 +161,15 @@ def _entries(reply: Sequence[Any]) -> list[tuple[str, Fields]]:
 
 
 def translated(error: Exception) -> IngestionError:
-    """The project's error for one of redis-py's, by the code the server put first."""
+    """The project's error for one of redis-py's, by its class or, where redis-py has none, by the code the server put first."""
     text = str(error)
-    if isinstance(error, redis.exceptions.OutOfMemoryError) or text.startswith(NO_ROOM):
+    code = text.partition(" ")[0]
+    if isinstance(error, redis.exceptions.OutOfMemoryError) or code in NO_ROOM:
         return RedisFull(text)
-    if isinstance(error, (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)) or text.startswith(
-        NOT_ALLOWED
-    ):
+    if isinstance(error, (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)) or code in NOT_ALLOWED:
         return ConfigurationError(f"Redis refuses us ({text}): check user and password in REDIS_URL and the server's ACL")
-    if isinstance(error, (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError, OSError)) or text.startswith(
-        NOT_NOW
-    ):
+    if isinstance(error, NOT_NOW_ERRORS) or code in NOT_NOW:
         return RedisUnavailable(text or type(error).__name__)
-    if text.startswith("NOGROUP"):
+    if code == "NOGROUP":
         return GroupMissing(text)
     return ScriptRefused(text)

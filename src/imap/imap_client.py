@@ -21,14 +21,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import imapclient  # type: ignore[import-untyped]
 from imapclient.exceptions import LoginError  # type: ignore[import-untyped]
 from imapclient.imap_utf7 import decode as decode_utf7  # type: ignore[import-untyped]
 
 from src.common.clock import iso
-from src.common.exceptions import ConfigurationError, ImapUnavailable, IngestionError, LoginRefused, MailboxMissing
+from src.common.exceptions import ConfigurationError, ImapThrottled, ImapUnavailable, IngestionError, LoginRefused, MailboxMissing
 
 HEADER_BYTES = 65536
 CHUNK_BYTES = 65536
@@ -42,6 +42,12 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # What sockets, imaplib and IMAPClient's parser let out on a broken or malformed answer (UnicodeDecodeError and
 # binascii.Error are ValueErrors, SSLError and time outs are OSErrors, nested brackets end in RecursionError).
 FOREIGN = (OSError, imaplib.IMAP4.error, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+_PAUSES: dict[Literal["OVERQUOTA", "THROTTLED", "CONNECTIONS"], re.Pattern[str]] = {
+    "OVERQUOTA": re.compile(r"\[OVERQUOTA\]|bandwidth limits", re.IGNORECASE),
+    "THROTTLED": re.compile(r"\[THROTTLED\]", re.IGNORECASE),
+    "CONNECTIONS": re.compile(r"too many simultaneous connections|\[LIMIT\]", re.IGNORECASE),
+}
 
 _MESSAGE_ID = re.compile(rb"^message-id[ \t]*:[ \t]*\S", re.IGNORECASE | re.MULTILINE)
 
@@ -114,6 +120,15 @@ def xoauth2(account: str, access_token: str) -> str:
     return f"user={account}\x01auth=Bearer {access_token}\x01\x01"
 
 
+def _unavailable(text: str) -> ImapUnavailable | ImapThrottled:
+    """The error for a session that ended with `text`: Gmail's requests for a long pause are told apart by their wording
+    (https://support.google.com/a/answer/1071518 and /mail/answer/7126229)."""
+    for kind, pattern in _PAUSES.items():
+        if pattern.search(text):
+            return ImapThrottled(kind, text)
+    return ImapUnavailable(text)
+
+
 def throttled(text: str) -> bool:
     """True when a server's text is 'not now' (limits, quotas, maintenance) and no verdict on the token or the mailbox."""
     return _THROTTLED.search(text) is not None
@@ -147,7 +162,7 @@ class ImapMailbox:
             raise
         except FOREIGN as error:
             self._cut()
-            raise ImapUnavailable(f"{self._endpoint.host}:{self._endpoint.port}: {_describe(error)}") from error
+            raise _unavailable(f"{self._endpoint.host}:{self._endpoint.port}: {_describe(error)}") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -276,7 +291,7 @@ class ImapMailbox:
             yield self._client
         except FOREIGN as error:
             self._cut()
-            raise ImapUnavailable(_describe(error)) from error
+            raise _unavailable(_describe(error)) from error
 
     def _cut(self) -> None:
         if self._client is not None:
@@ -400,7 +415,7 @@ def _log_in(client: Any, account: str, access_token: str) -> None:
             text = text.replace(secret, "***")
         # IMAPClient calls a lost connection a LoginError too; what it caught stands in the context.
         if isinstance(error.__context__, imaplib.IMAP4.abort) or throttled(text):
-            raise ImapUnavailable(text) from error
+            raise _unavailable(text) from error
         raise LoginRefused(" ".join([text, *map(_challenge_text, challenges)])) from error
 
 

@@ -151,8 +151,11 @@ class Producer:
 
     def _renew(self, mailbox: Mailbox) -> None:
         try:
-            if isinstance(mailbox.states.acquire(self.settings.mail.lease), Held):
+            answer = mailbox.states.acquire(self.settings.mail.lease)
+            if isinstance(answer, Held):
                 log.warning("%s: the lease is lost to another producer", mailbox.title)
+            else:
+                mailbox.reader.resync = answer.resync
         except Transient as error:
             log.warning("%s: the lease could not be renewed: %s", mailbox.title, error)
 

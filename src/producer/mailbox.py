@@ -13,6 +13,7 @@ from src.common.clock import Clock
 from src.common.exceptions import (
     ConfigurationError,
     ImapIncomplete,
+    ImapThrottled,
     ImapUnavailable,
     LoginRefused,
     MailboxMissing,
@@ -24,6 +25,7 @@ from src.common.health import Beats
 from src.common.retry import retry_on_imap_error, retry_on_oauth_error
 from src.common.shutdown import Shutdown
 from src.producer.plan import State
+from src.producer.progress import Progress
 from src.producer.pulse import Pulse
 from src.producer.reader import NotOurs, Reader, Session
 from src.producer.state_manager import Held, MarkerFile, StateManager
@@ -62,7 +64,15 @@ class Mailbox:
         self.title = f"{self.account}/{self.name}"
         self.pulse = Pulse(self.title, self.beats, self.shutdown, step=5 * self.settings.mail.timeout)
         self.reader = Reader(
-            self.settings, self.account, self.name, self.states, self.marker_file, self.clock, self.new_id, self.pulse
+            self.settings,
+            self.account,
+            self.name,
+            self.states,
+            self.marker_file,
+            self.clock,
+            self.new_id,
+            self.pulse,
+            Progress(self.title, self.clock),
         )
 
     # own it
@@ -81,6 +91,8 @@ class Mailbox:
             except ImapIncomplete as error:
                 log.warning("%s: %s; asking again", self.title, error)
                 self.pulse.pause(self.settings.mail.incomplete_wait)
+            except ImapThrottled as error:
+                self._rest(error)
             except (Transient, ScriptRefused) as error:
                 log.warning("%s: %s; trying again", self.title, error)
                 self.pulse.pause(1.0)
@@ -111,6 +123,7 @@ class Mailbox:
             answer = self.pulse.ask_redis(lambda: self.states.acquire(self.settings.mail.lease))
             self.owns = not isinstance(answer, Held)
             if not isinstance(answer, Held):
+                self.reader.resync = answer.resync
                 self.reader.compare_marker(answer.state)
                 return answer.state
             self.status = "STANDBY"
@@ -132,6 +145,15 @@ class Mailbox:
         self.status = status
         self.pulse.pause(10.0)
 
+    def _rest(self, error: ImapThrottled) -> None:
+        mail = self.settings.mail
+        seconds = {"OVERQUOTA": mail.overquota_wait, "THROTTLED": mail.throttled_wait, "CONNECTIONS": mail.connections_wait}[
+            error.kind
+        ]
+        log.warning("%s: %s; resting for %.0f s", self.title, error, seconds)
+        self.status = error.kind
+        self.pulse.pause(seconds)
+
     # a session
 
     def _in_session(self, state: State | None, *, forever: bool) -> None:
@@ -142,13 +164,14 @@ class Mailbox:
             ends = self.clock.monotonic() + SESSION_SECONDS
             while not self.shutdown.requested:
                 state = self.reader.poll(session, state)
+                self.reader.look_back(session, state)
                 self.status = "CONNECTED"
                 if not forever:
                     return
                 if self.clock.monotonic() > ends:
                     return
                 self.pulse.turn(self.settings.mail.poll_interval)
-                session.wait(self.settings.mail.poll_interval, lambda: self.shutdown.requested)
+                session.wait(self.settings.mail.poll_interval, lambda: self.shutdown.requested or bool(self.reader.resync))
 
     def _open(self) -> AbstractContextManager[Session]:
         """A session that is logged in. A refused login forces one refresh of the token."""

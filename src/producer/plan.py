@@ -18,7 +18,8 @@ class State:
 
     Every UID up to `last_uid` has a recorded fate. A UID up to `horizon` counts only if its INTERNALDATE is not before `boundary`
     (it was there when the read began); above it every mail counts. `first_complete`: the first read of the mailbox came to its end.
-    `passed`: how many mails were left out by date.
+    `passed`: how many mails were left out by date. `floor`: UIDs up to this one were left out whatever their date, as far as this
+    UIDVALIDITY goes ("new mail only").
     """
 
     uidvalidity: int
@@ -27,6 +28,7 @@ class State:
     horizon: int
     first_complete: bool
     passed: int = 0
+    floor: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ def opening(
     if state is not None:
         return Opening(
             "walk",
-            replace(state, uidvalidity=uidvalidity, last_uid=0, horizon=highest),
+            replace(state, uidvalidity=uidvalidity, last_uid=0, horizon=highest, floor=0),
             f"UIDVALIDITY changed from {state.uidvalidity} to {uidvalidity}: walking the folder, known mail is recognised",
         )
     if marker is not None:
@@ -77,7 +79,9 @@ def opening(
     # The server's own dates decide later, never our clock: a boundary after the newest mail would swallow what comes next.
     boundary = threshold if threshold <= newest else newest
     if threshold == NEVER:
-        return Opening("first", State(uidvalidity, highest, boundary, 0, first_complete=True), "first read: new mail only")
+        return Opening(
+            "first", State(uidvalidity, highest, boundary, 0, first_complete=True, floor=highest), "first read: new mail only"
+        )
     return Opening(
         "first",
         State(uidvalidity, 0, boundary, highest, first_complete=False),
@@ -136,6 +140,18 @@ def counts(state: State, uid: int, internal_date: str, forgotten_before: str) ->
     if internal_date < state.boundary:
         return False
     return not (state.first_complete and internal_date < forgotten_before)
+
+
+def counts_late(state: State, uid: int, internal_date: str, forgotten_before: str) -> bool:
+    """Whether a mail that is known nowhere is to be published although its UID was passed: it became visible late."""
+    if uid <= state.floor or uid > state.last_uid:
+        return False
+    return not internal_date or max(state.boundary, forgotten_before) <= internal_date
+
+
+def counts_asked(since: str, state: State, uid: int, internal_date: str, forgotten_before: str) -> bool:
+    """Whether a mail that is known nowhere is to be published because someone asked for all mail from `since` on."""
+    return uid <= state.last_uid and (not internal_date or internal_date >= since)
 
 
 def prefix(uids: Sequence[int], present: Collection[int]) -> tuple[list[int], list[int]]:

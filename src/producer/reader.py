@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+from functools import partial
 from typing import Literal, Protocol
 
 from config.settings import Settings
@@ -18,6 +19,7 @@ from src.mail.parse import parse, stub
 from src.mail.record import Envelope, gmail_email_id, hashed_email_id, header_email_id, in_mailbox_scope, to_fields
 from src.producer import plan
 from src.producer.plan import Marker, State
+from src.producer.progress import Progress
 from src.producer.pulse import Pulse
 from src.producer.state_manager import Identity, Mail, MarkerFile, StateManager
 
@@ -28,6 +30,8 @@ FETCH_BYTES = 8 << 20  # most bytes of bodies in one FETCH
 PUBLISH_BYTES = 1 << 20  # most bytes of records in one publish: a script over more holds the server too long
 TRIES = 3  # for a mail whose data the server does not give
 LAST = 10  # mails at the end of a folder that tell its newest INTERNALDATE
+LATE, LATE_SPAN = 1_000, 5_000  # how many mails are looked at again, within how many UIDs
+AHEAD_SECONDS = 5.0  # between two looks for new mail while old mail is read
 MARKER_SECONDS = 10.0  # how far the marker may lag behind where nothing is at stake
 
 
@@ -45,6 +49,9 @@ class Session(Protocol):
     def wait(self, seconds: float, stop: Callable[[], bool]) -> bool: ...
 
 
+Judge = Callable[[State, int, str, str], bool]  # (state, UID, INTERNALDATE, forgotten before) → is it to be published
+
+
 class NotOurs(Exception):
     """Another producer owns the mailbox, or the state is not the one we read: own it anew before going on."""
 
@@ -53,7 +60,8 @@ class NotOurs(Exception):
 class Reader:
     """Reads one mailbox through whatever session it is given. `new_id`: a fresh random id.
 
-    `paused`: the stream is full and intake waits. Methods raise what RedisClient and the session raise, and NotOurs.
+    `paused`: intake waits for room or for tomorrow. `resync`: ISO date from which to look again, "" for none.
+    Methods raise what RedisClient and the session raise, and NotOurs.
     """
 
     settings: Settings
@@ -64,9 +72,16 @@ class Reader:
     clock: Clock
     new_id: Callable[[], str]
     pulse: Pulse
+    progress: Progress
     paused: bool = False
     published: int = 0
     known: int = 0
+    resync: str = ""
+    _ahead: int = 0
+    _next_look_ahead: float = 0.0
+    _next_look_back: float = 0.0
+    _looks_back: int = 0
+    _spent: tuple[date | None, int] = (None, 0)
     _newest: str = ""
     _marker: Marker | None = None
     _marker_written: float = 0.0
@@ -79,6 +94,7 @@ class Reader:
     def begin(self, session: Session, state: State | None) -> State:
         """Decide how to begin, and record it if anything is new: before the first mail of a read is published."""
         folder = session.folder
+        self._next_look_back = 0.0
         if state is not None and state.uidvalidity == folder.uidvalidity:
             if self._marker is None:
                 self.remember(state, force=True)
@@ -111,6 +127,7 @@ class Reader:
         )
         if opened.kind == "first":
             self._newest = newest
+        self._ahead = 0
         self.remember(opened.state, force=True)
         self._publish([], state, opened.state)
         return opened.state
@@ -148,61 +165,127 @@ class Reader:
     def poll(self, session: Session, state: State) -> State:
         """Bring everything above `last_uid` to its fate."""
         self.pulse.turn()
-        reading_by_date = state.last_uid < state.horizon
+        by_date = state.last_uid < state.horizon
         listed = session.uids_from(state.last_uid + 1)
         day = plan.search_day(state)
         dated = set(session.uids_since(day, state.last_uid + 1)) if day else None
         uids = plan.candidates(state, listed, dated)
         start, left_out = state, len(listed) - len(uids)
-        size = self.settings.mail.batch_size
-        for first in range(0, len(uids), size):
-            state = self._read_window(session, state, uids[first : first + size])
+        self.progress.start(len(uids))
+        for window in self._windows(uids):
+            state = self._read_window(session, state, window, plan.counts)
+            self.progress.advance(len(window))
             if self.pulse.shutdown.requested:
                 return state
-            if reading_by_date and first // size % 10 == 9:
-                log.info("%s: read %d of %d", self.pulse.title, first + size, len(uids))
+            self._look_ahead(session, state)
+        self.progress.end()
         done = plan.finished(plan.advanced(state, 0, passed=left_out), listed[-1] if listed else 0)
         if done != state or state == start:
             self._publish([], state, done)  # also what says that this mailbox was polled, and is still ours
-        if reading_by_date:
+        if by_date:
             log.info("%s: the read by date is complete, %d mails were left out", self.pulse.title, done.passed - start.passed)
-        self.remember(done, force=reading_by_date)
+        self.remember(done, force=by_date)
         return done
+
+    def _look_ahead(self, session: Session, state: State) -> None:
+        """While old mail is read, from time to time also what came since: into the stream at once, `last_uid` follows later."""
+        now = self.clock.monotonic()
+        if state.last_uid >= state.horizon or now < self._next_look_ahead:
+            return
+        self._next_look_ahead = now + AHEAD_SECONDS
+        came = session.uids_from(max(state.horizon, self._ahead) + 1)
+        for window in self._windows(came):
+            self._read_window(session, state, window, plan.counts, moves=False)
+            self._ahead = window[-1]
+
+    def look_back(self, session: Session, state: State) -> None:
+        """UIDs may become visible late: look again at the last 1,000, now and then at two days, and as far back as someone asked."""
+        if self.resync:
+            since = date.fromisoformat(self.resync)
+            found = session.uids_since(since - timedelta(days=1))
+            log.info("%s: looking again at %d mails since %s", self.pulse.title, len(found), since)
+            self._read_passed(session, state, found, partial(plan.counts_asked, f"{since}T00:00:00Z"))
+            self.pulse.ask_redis(self.states.resync_done)
+            self.resync = ""
+        now = self.clock.monotonic()
+        if now < self._next_look_back or state.last_uid < state.horizon:
+            return
+        self._next_look_back = now + self.settings.mail.relist_interval
+        found = session.uids_from(max(1, state.last_uid - LATE_SPAN))[-LATE:]
+        if self._looks_back % 6 == 5:
+            found = sorted({*found, *session.uids_since(self.clock.wall().date() - timedelta(days=3))})
+        self._looks_back += 1
+        self._read_passed(session, state, found, plan.counts_late)
+
+    def _read_passed(self, session: Session, state: State, uids: Sequence[int], judge: Judge) -> None:
+        before = self.published
+        for window in self._windows([uid for uid in uids if uid <= state.last_uid]):
+            if not self.pulse.shutdown.requested:
+                self._read_window(session, state, window, judge, moves=False)
+        if self.published > before:
+            log.warning("%s: %d mails became visible late or were asked for", self.pulse.title, self.published - before)
+
+    def _windows(self, uids: Sequence[int]) -> list[Sequence[int]]:
+        size = self.settings.mail.batch_size
+        return [uids[first : first + size] for first in range(0, len(uids), size)]
 
     # a window of mails
 
-    def _read_window(self, session: Session, state: State, uids: Sequence[int]) -> State:
-        """Publish what is new among `uids`; the state moves with each batch. Raises ImapIncomplete behind the contiguous prefix."""
+    def _read_window(self, session: Session, state: State, uids: Sequence[int], judge: Judge, *, moves: bool = True) -> State:
+        """Publish what is known nowhere among `uids` and counts by `judge`; the state moves with each batch, unless told not to.
+
+        Raises ImapIncomplete behind the contiguous prefix.
+        """
         self.pulse.turn()
         metas = session.meta(uids)
         metas.update({uid: Meta(uid, "", 0, "", "", (), b"") for uid in uids if uid in self._given_up and uid not in metas})
         ready, absent = plan.prefix([uid for uid in uids if uid not in self._gone], metas.keys())
-        identities = {
-            uid: identity_of(self.account, self.name, session.folder, metas[uid], self.settings.mail.dedup_scope) for uid in ready
-        }
+        identities = {uid: self._identity(session.folder, metas[uid]) for uid in ready}
         unknown = self.pulse.ask_redis(lambda: self.states.missing(list(identities.values()), self.account))
         self._newest = max([self._newest, *(metas[uid].internal_date for uid in ready)])
         fresh = {ready[position] for position in unknown}
-        wanted = [
-            uid for uid in ready if uid in fresh and plan.counts(state, uid, metas[uid].internal_date, self._forgotten_before())
-        ]
-        self.known += len(ready) - len(fresh)
-        passed = len(fresh) - len(wanted)
+        forgotten = iso(self.clock.wall() - timedelta(days=self.settings.stream.processed_days))
+        wanted = [uid for uid in ready if uid in fresh and judge(state, uid, metas[uid].internal_date, forgotten)]
+        if moves:
+            self.known += len(ready) - len(fresh)
         most = self.settings.mail.max_message_bytes
         sizes = {uid: min(metas[uid].size, most) for uid in wanted}
         for group in split(wanted, sizes.__getitem__, most=len(wanted), most_bytes=FETCH_BYTES):
+            self._respect_budget(session, state, group)
             mails, withheld = self._fetched(session, [(metas[uid], identities[uid]) for uid in group])
             for batch in split(mails, lambda mail: mail.size, most=len(group), most_bytes=PUBLISH_BYTES):
-                state = self._publish(batch, state, plan.advanced(state, batch[-1].uid))
+                moved = plan.advanced(state, batch[-1].uid) if moves else state
+                state = self._publish(batch, state, moved, session)
             if withheld:
                 self._missed(withheld)
-        if ready:
-            moved = plan.advanced(state, ready[-1], passed=passed)
-            if moved != state:
-                state = self._publish([], state, moved)
+        if moves and ready:
+            moved = plan.advanced(state, ready[-1], passed=len(fresh) - len(wanted))
+            state = self._publish([], state, moved) if moved != state else state
         if absent:
             self._missed(absent)
         return state
+
+    def _respect_budget(self, session: Session, state: State, group: Sequence[int]) -> None:
+        """Old mail waits for tomorrow where today's bytes are spent; new mail does not."""
+        said = False
+        while group[0] <= state.horizon and self._spent_today() >= self.settings.mail.daily_bytes:
+            if not said:
+                said = self.paused = True
+                log.warning("%s: DAILY_BYTES are spent: old mail waits until midnight UTC, new mail goes on", self.pulse.title)
+            if self.pulse.pause(AHEAD_SECONDS):
+                raise NotOurs("stopped while the day's bytes were spent")
+            self._look_ahead(session, state)
+        if said:
+            self.paused = False
+
+    def _spent_today(self) -> int:
+        today = self.clock.wall().date()
+        if self._spent[0] != today:
+            self._spent = (today, self._spend(0))
+        return self._spent[1]
+
+    def _spend(self, size: int) -> int:
+        return self.pulse.ask_redis(lambda: self.states.spend(size, self.clock.wall()))
 
     def _missed(self, uids: list[int]) -> None:
         for uid in uids:
@@ -215,6 +298,7 @@ class Reader:
         whole = [meta.uid for meta, _ in wanted if meta.size <= most and meta.uid not in self._given_up]
         self.pulse.turn()
         bodies = session.bodies(whole) if whole else {}
+        self._spent = (self.clock.wall().date(), self._spend(sum(map(len, bodies.values()))))
         had = set(bodies) | {meta.uid for meta, _ in wanted if meta.uid not in whole}
         ready, withheld = plan.prefix([meta.uid for meta, _ in wanted], had)
         mails = []
@@ -251,15 +335,18 @@ class Reader:
             log.debug("%s: UID %d is %s", self.pulse.title, meta.uid, identity.email_id)
         return Mail(meta.uid, to_fields(envelope, record))
 
-    def _forgotten_before(self) -> str:
-        return iso(self.clock.wall() - timedelta(days=self.settings.stream.processed_days))
+    def _identity(self, folder: Folder, meta: Meta) -> Identity:
+        return identity_of(self.account, self.name, folder, meta, self.settings.mail.dedup_scope)
 
     # record it
 
-    def _publish(self, mails: Sequence[Mail], expected: State | None, state: State) -> State:
-        """One batch, once, whatever calls fail; waits while the stream is full. Raises NotOurs."""
-        self._cover(mails, state)
-        batch, most_live, said = self.new_id(), self._most_live(state), False
+    def _publish(self, mails: Sequence[Mail], expected: State | None, state: State, session: Session | None = None) -> State:
+        """One batch, once, whatever calls fail; waits while the stream is full, new mail going ahead of old. Raises NotOurs."""
+        self._cover(mails)
+        old = bool(mails) and expected is not None and mails[0].uid <= expected.horizon
+        limit = self.settings.stream.maxlen
+        most_live = max(1, limit // 10) if old else limit  # so that new mail is never behind old
+        batch, said = self.new_id(), False
         while True:
             self.pulse.turn()
             answer = self.pulse.ask_redis(
@@ -287,13 +374,10 @@ class Reader:
             self.paused = True
             if self.pulse.pause(1.0):
                 raise NotOurs("stopped while the stream was full")
+            if old and session is not None and expected is not None:
+                self._look_ahead(session, expected)
 
-    def _most_live(self, state: State) -> int:
-        """Backfill may fill a tenth of the stream, so that new mail is never behind it."""
-        limit = self.settings.stream.maxlen
-        return max(1, limit // 10) if state.last_uid <= state.horizon and state.horizon else limit
-
-    def _cover(self, mails: Sequence[Mail], state: State) -> None:
+    def _cover(self, mails: Sequence[Mail]) -> None:
         """The marker must never be younger than the oldest mail that is about to be unfinished."""
         days = [mail.fields["internal_date"][:10] for mail in mails]
         if days and self._marker and self._marker.oldest and min(days) < self._marker.oldest:

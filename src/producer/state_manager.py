@@ -43,10 +43,14 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """`state` is None where Redis knows nothing of the mailbox. `epoch` grows with every change of owner."""
+    """`state` is None where Redis knows nothing of the mailbox. `epoch` grows with every change of owner.
+
+    `resync`: the ISO date from which someone asked to look for mail again, "" if nobody did.
+    """
 
     epoch: int
     state: State | None
+    resync: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +84,34 @@ class StateManager:
 
     def acquire(self, lease: float) -> Lease | Held:
         """Take or renew the lease for `lease` seconds; one round trip."""
-        verdict, number, *known = self._redis.run("acquire", self._lease_keys(), [self._nonce, max(1, round(lease * 1000))])
-        return Held(int(number) / 1000, _state(known)) if verdict == "HELD" else Lease(int(number), _state(known))
+        verdict, number, resync, *known = self._redis.run(
+            "acquire", self._lease_keys(), [self._nonce, max(1, round(lease * 1000))]
+        )
+        if verdict == "HELD":
+            return Held(int(number) / 1000, _state(known))
+        return Lease(int(number), _state(known), resync)
 
     def look(self) -> State | None:
         """The state without a lease; writes nothing."""
         own = self._own
         uidvalidity, last_uid = self._redis.call("MGET", own.uidvalidity, own.last_uid)
-        rest = self._redis.call("HMGET", own.intake, "boundary", "horizon", "first_complete", "passed")
-        return _state([uidvalidity or "", last_uid or "", rest[0] or "", rest[1] or "", rest[2] or "", rest[3] or "0"])
+        rest = self._redis.call("HMGET", own.intake, "boundary", "horizon", "first_complete", "passed", "floor")
+        return _state([part or "" for part in (uidvalidity, last_uid, *rest)])
+
+    def request_resync(self, day: str) -> None:
+        """Ask whoever owns the mailbox to look again at all mail since `day` (ISO date)."""
+        self._redis.call("HSET", self._own.intake, "resync", day)
+
+    def resync_done(self) -> None:
+        self._redis.call("HDEL", self._own.intake, "resync")
+
+    def spend(self, size: int, now: datetime) -> int:
+        """Count `size` bytes read from the account today (UTC); how many that makes."""
+        key = self._keys.bytes_read(self._own.account, iso(now))
+        total = int(self._redis.call("INCRBY", key, size))
+        if total == size:
+            self._redis.call("EXPIRE", key, 2 * 86_400)
+        return total
 
     def let_go(self) -> None:
         """Give the lease up, so that a standby need not wait for its end."""
@@ -104,7 +127,8 @@ class StateManager:
         sets: dict[str, int] = {}
         args: list[str | int] = [self._nonce, batch]
         args += [expected.uidvalidity, expected.last_uid] if expected else ["", ""]
-        args += [state.uidvalidity, state.last_uid, state.boundary, state.horizon, int(state.first_complete), state.passed]
+        args += [state.uidvalidity, state.last_uid]
+        args += [state.boundary, state.horizon, int(state.first_complete), state.passed, state.floor]
         args += [iso(now), most_live, len(mails)]
         for mail in mails:
             fields = mail.fields
@@ -224,10 +248,10 @@ class MarkerFile:
 
 
 def _state(known: Sequence[str]) -> State | None:
-    uidvalidity, last_uid, boundary, horizon, complete, passed = known
+    uidvalidity, last_uid, boundary, horizon, complete, passed, floor = known
     if not (uidvalidity.isdigit() and last_uid.isdigit()):
         return None
-    return State(int(uidvalidity), int(last_uid), boundary, int(horizon or 0), complete == "1", int(passed))
+    return State(int(uidvalidity), int(last_uid), boundary, int(horizon or 0), complete == "1", int(passed or 0), int(floor or 0))
 
 
 def escaped(text: str) -> str:

@@ -375,10 +375,11 @@ To stop it: Ctrl-C here, or: kill {os.getpid()}
 
 
 REAL_ACCOUNT = """
-With a real account: put its token file (Google's authorized-user JSON) at tokens/gmail_token.json, then
-  .venv/bin/python producer.py --dry-run    shows what would be read; nothing is written
-  .venv/bin/python producer.py              from the mailbox into the stream
-  .venv/bin/python worker.py                from the stream to your code (--handler package.module:function)"""
+With a real account (what Google wants first: docs/OAUTH2_SETUP.md):
+  .venv/bin/python producer.py --auth-setup    asks for your consent, once
+  .venv/bin/python producer.py --dry-run       shows what would be read; nothing is written
+  .venv/bin/python producer.py                 from the mailbox into the stream
+  .venv/bin/python worker.py                   from the stream to your code (--handler package.module:function)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -50,6 +50,7 @@ class Consumer:
         self._in_flight: dict[str, Delivery] = {}
         self._unbegun: list[Delivery] = []
         self._suspects: deque[Delivery] = deque()
+        self._alone = ""  # stream id of the suspect that started last
         self._next_look = 0.0
         self._no_recovery_before = 0.0  # after an outage every lease looks run out until its owner has renewed it
 
@@ -75,7 +76,9 @@ class Consumer:
         Suspects first: a mail whose last start never finished runs when nothing else is in flight, and nothing is read beside it.
         """
         try:
-            return self._take_suspect() if self._suspects else self._take(room)
+            if self._suspects:
+                return self._take_suspect()
+            return [] if self._suspect_runs() else self._take(room)
         except Transient:
             self._no_recovery_before = self.clock.monotonic() + self.renew_every
             raise
@@ -179,11 +182,17 @@ class Consumer:
         [answer] = each_answered(lambda mails: self._begun(mails, solo=True), [mail])
         self._suspects.popleft()
         if isinstance(answer, Begun) and answer.verdict == "GO":
+            self._alone = mail.stream_id
             self.counts["started"] += 1
             log.info("%s did not finish its last start: it runs alone now", mail.email_id)
             return [Started(mail, answer.attempts)]
         self._not_started(mail, answer)
         return []
+
+    def _suspect_runs(self) -> bool:
+        """Whether a suspect is still at work, after a tick at most: nothing starts beside it, or it would be counted with it."""
+        with self.settled:
+            return not self.settled.wait_for(lambda: self._alone not in self._in_flight, timeout=self.work.recovery_tick)
 
     def _begun(self, mails: Sequence[Delivery], *, solo: bool) -> list[Begun]:
         return idempotency.begin(self.seat, mails, solo=solo, poison_starts=self.work.poison_starts, now=self.clock.wall())

@@ -61,9 +61,14 @@ def fail(seat: Seat, failures: Sequence[Failure], *, now: datetime) -> list[Fail
     for failure in failures:
         mail = failure.delivery
         args += [mail.stream_id, mail.count, mail.email_id, failure.verb, round(failure.delay * 1000), failure.reason]
-        args += [failure.error_type, failure.error[:MAX_ERROR_CHARS], failure.traceback[-MAX_TRACEBACK_CHARS:]]
+        args += [failure.error_type, _utf8(failure.error[:MAX_ERROR_CHARS]), _utf8(failure.traceback[-MAX_TRACEBACK_CHARS:])]
     reply = seat.redis.run("fail", [keys.stream, keys.index, keys.starts, keys.tries, keys.due, keys.dlq], args)
     return [Failed(verdict, int(attempts)) for verdict, attempts in reply]
+
+
+def _utf8(text: str) -> str:
+    """An error may quote a file name or a header with lone surrogates, which Redis cannot be told."""
+    return text.encode(errors="replace").decode()
 
 
 def look(redis: RedisClient, keys: Keys, *, after: str = "-", count: int = 100) -> list[DeadLetter]:

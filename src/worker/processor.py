@@ -46,9 +46,9 @@ def load_handler(spec: str | None) -> Handler:
     module_name, _, name = spec.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # user code: importing it may raise anything
+    except (Exception, SystemExit) as error:  # user code: importing it may raise anything
         raise ConfigurationError(
-            f"WORKER_HANDLER={spec}: cannot import {module_name} ({type(error).__name__}: {error})"
+            f"WORKER_HANDLER={spec}: cannot import {module_name} ({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
     handler = getattr(module, name, None)
     if not callable(handler):
@@ -82,10 +82,17 @@ def handle(
     with correlated(delivery.correlation_id):
         try:
             return Done(delivery, "done", encoded(handler(Email(delivery.fields), context), result_max))
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # the handler's edge: whatever it raises is its mail's fate
+        except BaseException as error:  # noqa: BLE001  # the handler's edge: whatever it raises (also asyncio.CancelledError) is its mail's fate
             decision = decide(error, attempts, policy, chance())
             frames = "".join(traceback.format_exception(error, limit=-TRACEBACK_FRAMES))
-            return Failure(delivery, decision.verb, decision.delay, decision.reason, type(error).__name__, str(error), frames)
+            return Failure(delivery, decision.verb, decision.delay, decision.reason, type(error).__name__, _words(error), frames)
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as broken:  # noqa: BLE001  # still the handler's code: its error's own __str__
+        return f"(str() of the error raised {type(broken).__name__})"
 
 
 def encoded(result: object, most: int) -> str:
@@ -95,7 +102,7 @@ def encoded(result: object, most: int) -> str:
     if not isinstance(result, dict):
         raise Permanent(f"the handler returned {type(result).__name__}; it returns a dict or None")
     try:
-        text = json.dumps(result, ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps(result, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         size = len(text.encode())
     except (TypeError, ValueError) as error:
         raise Permanent(f"the handler's result is not JSON: {error}") from error

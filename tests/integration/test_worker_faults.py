@@ -81,13 +81,17 @@ def test_one_mail_that_kills_the_process_among_31(pipeline: Pipeline) -> None:
     crashes = 0
     while pipeline.books().stream:  # a supervisor
         with pipeline.worker(**settings) as worker:
-            until(lambda worker=worker: not worker.running() or not pipeline.books().stream, DEADLINE, "a crash or the end")
+            wait_for_crash_or_end(pipeline, worker)
             crashes += not worker.running()
         assert crashes <= 3, "the fourth start alone is not made"
     assert crashes == 3
     pipeline.assert_accounted(dead={poison: "poison"})
     assert len(others) == 31
     assert len(begun(pipeline, poison)) == 4, "one start in company, three alone"
+
+
+def wait_for_crash_or_end(pipeline: Pipeline, worker: Daemon) -> None:
+    until(lambda: not worker.running() or not pipeline.books().stream, DEADLINE, "the worker is dead or the stream empty")
 
 
 def test_handler_longer_than_the_lease(pipeline: Pipeline) -> None:

@@ -29,7 +29,7 @@ class Pipeline:
     def __init__(self, source: Sandbox | Dovecot, redis: RedisServer, tmp: Path, **env: str) -> None:
         self.source = source
         self.redis = redis
-        self.client = redis.client()
+        self.client: Any = redis.client()  # redis-py's own types allow bytes everywhere
         self.tmp = tmp
         self.account = f"user{next(_numbers)}@example.org"
         self.journal = tmp / "journal"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -21,9 +23,9 @@ import pytest
 from imapclient import IMAPClient
 
 from config.settings import AuthSettings
-from src.auth.consent import SCOPES, Client, ConsentFailed, ask, client_of, file_for, keep, revoke, revoke_uri
+from src.auth.consent import GUIDE, SCOPES, Client, ConsentFailed, ask, client_of, file_for, granted, keep, revoke, revoke_uri
 from src.auth.loopback import Answer, answer_in
-from src.auth.oauth2_gmail import SCOPE, StoredToken, TokenSource, main, read_token, write_token
+from src.auth.oauth2_gmail import SCOPE, TOKEN_URI, StoredToken, TokenSource, main, read_token, write_token
 from src.common.exceptions import ConfigurationError, ReauthRequired, TokenEndpointUnavailable
 from src.sandbox.server import Sandbox
 from src.sandbox.tokens import CLIENT_ID, CLIENT_SECRET, challenge_of
@@ -182,13 +184,13 @@ def test_a_pasted_address_will_do(sandbox: Sandbox, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_it_and_writes_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
-    """One line, exit code 1, no token file."""
+    """One line, exit code 1, no token file (the lock beside it may stand)."""
     with setting_up(tmp_path, sandbox, "producer.py", "--auth-setup", "--no-browser") as process:
         shown(process)
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=20)
-    assert (process.returncode, printed.splitlines()[-1]) == (1, "stopped; nothing was written")
-    assert list((tmp_path / "tokens").iterdir()) == []
+    assert (process.returncode, printed.splitlines()[-1]) == (1, "stopped; nothing more was written")
+    assert not list((tmp_path / "tokens").glob("*.json"))
 
 
 def test_another_account_than_the_files_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -214,6 +216,14 @@ def test_each_of_several_accounts_gets_its_file(sandbox: Sandbox, tmp_path: Path
             visit(redirected(shown(process)[0], account))
         assert process.wait(20) == 0
     assert [read_token(tmp_path / "tokens" / f"{account}.json").account for account in (ANN, BOB)] == [ANN, BOB]
+
+
+def test_one_file_takes_one_account(sandbox: Sandbox, tmp_path: Path) -> None:
+    """--token-file with two accounts in GMAIL_USERNAME: exit 2, or the second token would replace the first."""
+    command = ("-m", "src.auth.oauth2_gmail", "--setup", "--no-browser", "--token-file", str(tmp_path / "t.json"))
+    with setting_up(tmp_path, sandbox, *command, GMAIL_USERNAME=f"{ANN},{BOB}") as process:
+        printed, _ = process.communicate(timeout=20)
+    assert (process.returncode, printed) == (2, f"--token-file is for one account, not for {ANN}, {BOB}\n")
 
 
 def test_the_sandbox_of_the_flag_consents_too(tmp_path: Path) -> None:
@@ -368,6 +378,45 @@ def test_what_is_asked_for(client: Client) -> None:
     assert (set(first["scope"].split()), first["code_challenge_method"]) == (set(SCOPES), "S256")
     assert not {first["state"], first["code_challenge"]} & {second["state"], second["code_challenge"]}
     assert "login_hint" not in first
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/dev/null"], ids=["nothing can be written", "no folder"])
+def test_a_folder_that_takes_no_token_is_seen_before_anybody_is_asked(sandbox: Sandbox, tmp_path: Path, folder: str) -> None:
+    """Exit 2 and one line, no address."""
+    with setting_up(tmp_path, sandbox, "producer.py", "--auth-setup", "--no-browser", TOKEN_DIR=folder) as process:
+        printed, _ = process.communicate(timeout=20)
+    assert (process.returncode, len(printed.splitlines()), folder in printed) == (2, 1, True)
+
+
+def id_token(**claims: str) -> str:
+    parts = (json.dumps(part).encode() for part in ({"alg": "RS256"}, claims, "signature"))
+    return ".".join(base64.urlsafe_b64encode(part).decode() for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [
+        ({}, "whose account"),
+        ({"id_token": "x"}, "whose account"),
+        ({"id_token": id_token(aud="app")}, "whose account"),
+        ({"id_token": id_token(aud="other", email=ANN)}, "another app"),
+        ({"id_token": id_token(aud="app", email=ANN), "scope": [f"{SCOPE}feeds/atom"]}, "unticked"),
+    ],
+)
+def test_an_answer_for_somebody_else_is_refused(answer: dict[str, object], word: str) -> None:
+    """No id token, one without an address, one for another app, a scope that only begins like ours."""
+    complete = {"access_token": "a", "refresh_token": "r", "expires_in": 5, **answer}
+    with pytest.raises(ConsentFailed, match=word):
+        granted(complete, Client("app", "s"), "", datetime(2026, 1, 1, tzinfo=UTC))
+
+
+def test_a_token_knows_its_end_and_its_beginning() -> None:
+    """expires_in counts from now; an endpoint that names no scopes granted those asked for (RFC 6749, 5.1)."""
+    answer = {"access_token": "a", "refresh_token": "r", "expires_in": 90, "id_token": id_token(aud="app", email=ANN)}
+    token = granted(answer, Client("app", "s"), "", datetime(2026, 1, 1, tzinfo=UTC))
+    assert token == StoredToken(
+        ANN, "app", "s", "r", "a", datetime(2026, 1, 1, 0, 1, 30, tzinfo=UTC), SCOPES, TOKEN_URI, "2026-01-01T00:00:00Z"
+    )
 
 
 # The sandbox keeps Google's side
@@ -550,6 +599,24 @@ def test_a_useless_token_file_is_replaced(tmp_path: Path, client: Client) -> Non
 def test_answers_are_known_by_their_state(text: str, expected: Answer | None) -> None:
     """A whole address or its query; nothing without our state."""
     assert answer_in(text, "S") == expected
+
+
+SAID = [
+    *("is not set", "not the JSON of a client of type Desktop app", "would be used in clear text", "for tokens cannot be made"),
+    *("access denied", "the wrong account", "was left unticked", "Google gave no refresh token"),
+    *("That was no answer to this request", "is taken", "time out", "Google does not take the code"),
+    *("Google does not know this client", "the token endpoint", "Not the answer that is waited for"),
+    *("there is no token file", "is open to other users", "is of no use", "belongs to", "Google refuses the token of"),
+    "the token is not refreshed yet",
+]
+
+
+@pytest.mark.parametrize("words", SAID)
+def test_the_guide_has_the_cure_for_what_is_said(words: str) -> None:
+    """Each error text stands in the source and, word for word, in the guide's tables."""
+    source = "".join(path.read_text() for path in (ROOT / "src" / "auth").glob("*.py"))
+    assert words in source
+    assert any(words in line.split("|")[1] for line in (ROOT / GUIDE).read_text().splitlines() if line.startswith("| "))
 
 
 # Taking it back

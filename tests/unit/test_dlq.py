@@ -178,6 +178,15 @@ def test_the_dead_letter_keeps_the_mail_and_says_why(store: Store) -> None:
     assert (letter.foreign, letter.email_id) == (False, M1)
 
 
+def test_an_error_that_quotes_lone_surrogates_is_recorded(store: Store) -> None:
+    """A file name or a header in its text: the mail beside it is settled too, nothing dies."""
+    store.put(ONE)
+    failure = Failure(store.held("1-0", 2), "bury", reason="permanent", error="no \udcff.txt", traceback="in \ud800")
+    assert fail(store.seat(), [failure], now=NOW) == [Failed("DEAD", 4)]
+    [letter] = dlq.look(store.redis, store.keys)
+    assert (letter.fields["dead_error"], letter.fields["dead_traceback"]) == ("no ?.txt", "in ?")
+
+
 # foreign entries
 
 

@@ -21,7 +21,7 @@ from typing import TypeAlias
 import pytest
 
 from src.auth.oauth2_gmail import TokenSource
-from src.common.exceptions import ConfigurationError, ImapUnavailable, LoginRefused, MailboxMissing, ReauthRequired
+from src.common.exceptions import ConfigurationError, ImapThrottled, ImapUnavailable, LoginRefused, MailboxMissing, ReauthRequired
 from src.imap.imap_client import Folder, ImapEndpoint, ImapMailbox, Meta, throttled, xoauth2
 from src.sandbox.server import Sandbox
 from tests.support.servers import Dovecot, have_dovecot, need
@@ -244,19 +244,21 @@ def test_a_server_that_echoes_the_token_does_not_get_it_into_the_error() -> None
 
 
 @pytest.mark.parametrize(
-    "verdict",
+    ("verdict", "kind"),
     [
-        b"NO [ALERT] Too many simultaneous connections. (Failure)",
-        b"NO [UNAVAILABLE] Temporary authentication failure",
-        b"NO [OVERQUOTA] Account exceeded command or bandwidth limits. (Failure)",
-        b"NO [THROTTLED] slow down",
-        b"NO [LIMIT] Maximum number of connections from user+IP exceeded",
+        (b"NO [ALERT] Too many simultaneous connections. (Failure)", "CONNECTIONS"),
+        (b"NO [UNAVAILABLE] Temporary authentication failure", ""),
+        (b"NO [OVERQUOTA] Account exceeded command or bandwidth limits. (Failure)", "OVERQUOTA"),
+        (b"NO [THROTTLED] slow down", "THROTTLED"),
+        (b"NO [LIMIT] Maximum number of connections from user+IP exceeded", "CONNECTIONS"),
     ],
 )
-def test_a_login_refused_for_limits_is_no_verdict_on_the_token(verdict: bytes) -> None:
+def test_a_login_refused_for_limits_is_no_verdict_on_the_token(verdict: bytes, kind: str) -> None:
+    """Each request for a long pause is told apart; the rest is an outage like any other."""
     with serving({"AUTHENTICATE": refuse(b"", verdict)}) as server:
-        with pytest.raises(ImapUnavailable) as caught, mailbox(server):
+        with pytest.raises((ImapUnavailable, ImapThrottled)) as caught, mailbox(server):
             pass
+        assert getattr(caught.value, "kind", "") == kind
         assert verdict.decode().removeprefix("NO ") in str(caught.value)
         assert throttled(str(caught.value))
 
@@ -549,7 +551,7 @@ BROKEN = {
 def test_any_broken_answer_ends_the_session_for_good(call: str, broken: str) -> None:
     reply = BROKEN[broken]
     with serving({"UID SEARCH": reply, "UID FETCH": reply, "NOOP": reply, "IDLE": reply}) as server, mailbox(server) as box:
-        with pytest.raises(ImapUnavailable):
+        with pytest.raises((ImapUnavailable, ImapThrottled)):
             CALLS[call](box)
         for again in CALLS.values():
             with pytest.raises(ImapUnavailable, match="closed"):
@@ -575,7 +577,7 @@ def test_any_broken_answer_ends_the_session_for_good(call: str, broken: str) -> 
 )
 def test_a_fetch_cut_short_or_malformed_gives_no_half_body(answer: bytes) -> None:
     with serving({"UID FETCH": answer}) as server, mailbox(server) as box:
-        with pytest.raises(ImapUnavailable):
+        with pytest.raises((ImapUnavailable, ImapThrottled)):
             box.bodies([7])
         with pytest.raises(ImapUnavailable, match="closed"):
             box.bodies([7])

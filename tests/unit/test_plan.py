@@ -189,7 +189,7 @@ OPENINGS = [
     pytest.param(
         begin(None, None, threshold=NEVER),
         "first",
-        State(7, 90, "2026-02-01T00:00:00Z", 0, first_complete=True),
+        State(7, 90, "2026-02-01T00:00:00Z", 0, first_complete=True, floor=90),
         id="new mail only: nothing to read, complete at once",
     ),
     pytest.param(

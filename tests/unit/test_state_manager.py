@@ -151,6 +151,7 @@ def test_publish_moves_mails_and_state_in_one_step(store: Store) -> None:
         "horizon": "2",
         "first_complete": "0",
         "passed": "3",
+        "floor": "0",
     }
     assert states.acquire(60) == Lease(1, SECOND)
 

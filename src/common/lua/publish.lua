@@ -2,7 +2,7 @@
 -- new: put a batch into the stream and move (uidvalidity, last_uid), in one step. No allow-oom: refused whole when memory is full.
 -- KEYS 1 intake hash 2 uidvalidity 3 last_uid 4 last_poll 5 email_count 6 stream 7 index 8 open 9.. processed sets
 -- ARGV 1 owner nonce 2 batch id 3 expected uidvalidity 4 expected last_uid ('': state must be absent) 5 new uidvalidity 6 new last_uid
---      7 boundary 8 horizon 9 first_complete 10 passed so far 11 time of poll 12 most entries in the stream 13 n,
+--      7 boundary 8 horizon 9 first_complete 10 passed so far 11 floor 12 time of poll 13 most entries in the stream 14 n,
 --      then n x {email_id, member, number of its set from 1, field in open, f, f x (name or value)}
 -- -> OK live n x (1 added | 0 known) | ALREADY | FENCED owner | STALE uidvalidity last_uid | BACKWARD | FULL live | BADKEY type
 local state = redis.call('HMGET', KEYS[1], 'owner', 'batch')
@@ -14,7 +14,7 @@ if uidvalidity == ARGV[5] and tonumber(ARGV[6]) < tonumber(last_uid) then return
 local kind = redis.call('TYPE', KEYS[6]).ok
 if kind ~= 'stream' and kind ~= 'none' then return {'BADKEY', kind} end
 
-local n, cursor, mails, ids, of_set = tonumber(ARGV[13]), 14, {}, {}, {}
+local n, cursor, mails, ids, of_set = tonumber(ARGV[14]), 15, {}, {}, {}
 for i = 1, n do
   local set, size = tonumber(ARGV[cursor + 2]), tonumber(ARGV[cursor + 4])
   mails[i] = {id = ARGV[cursor], first = cursor + 5, last = cursor + 4 + size, open = ARGV[cursor + 3]}
@@ -40,7 +40,7 @@ for i = 1, n do
   if not mails[i].known then fresh = fresh + 1 end
 end
 local live = redis.call('XLEN', KEYS[6])
-if fresh > 0 and live >= tonumber(ARGV[12]) then return {'FULL', tostring(live)} end
+if fresh > 0 and live >= tonumber(ARGV[13]) then return {'FULL', tostring(live)} end
 
 local answer = {'OK', tostring(live + fresh)}
 local index, open = {}, {}
@@ -59,8 +59,8 @@ if fresh > 0 then
   for field, count in pairs(open) do redis.call('HINCRBY', KEYS[8], field, count) end
   redis.call('INCRBY', KEYS[5], fresh)
 end
-redis.call('HSET', KEYS[1], 'batch', ARGV[2], 'boundary', ARGV[7], 'horizon', ARGV[8], 'first_complete', ARGV[9], 'passed', ARGV[10])
-redis.call('SET', KEYS[4], ARGV[11])
+redis.call('HSET', KEYS[1], 'batch', ARGV[2], 'boundary', ARGV[7], 'horizon', ARGV[8], 'first_complete', ARGV[9], 'passed', ARGV[10], 'floor', ARGV[11])
+redis.call('SET', KEYS[4], ARGV[12])
 redis.call('SET', KEYS[2], ARGV[5])
 redis.call('SET', KEYS[3], ARGV[6])
 return answer

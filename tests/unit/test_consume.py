@@ -1,0 +1,460 @@
+"""The story of a delivery: what a consumer takes, begins, settles and hands back. No thread, no process: the store and a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import redis
+
+from config.settings import load_settings
+from src.common.clock import Clock
+from src.common.exceptions import GroupMissing, Permanent, RedisUnavailable
+from src.common.redis_client import Arg, Fields, RedisClient, Transport
+from src.mail.record import Email
+from src.worker import recovery
+from src.worker.consume import Consumer, Started
+from src.worker.delivery import Delivery, Seat
+from src.worker.processor import Context
+from tests.support.fake import DAY, DONE, GROUP, Store, fields_of
+
+M1, M2, M3 = "gm:a:1", "gm:a:2", "gm:a:3"
+HOUR = 3_600_000
+
+
+class Time:
+    """A clock that a test moves. Each look at it is a moment later, so that every turn of a consumer is a new tick."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        self.seconds += 1.0
+        return self.seconds
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(wall=lambda: datetime(2026, 2, 1, tzinfo=UTC), monotonic=self.monotonic)
+
+
+def handler(email: Email, context: Context) -> dict[str, Any] | None:
+    """The subject says what becomes of the mail."""
+    if email.subject == "retry":
+        raise OSError("not now")
+    if email.subject == "bury":
+        raise Permanent("never")
+    return {"uid": email.uid}
+
+
+def consumer_of(store: Store, name: str = "w1", *, redis: RedisClient | None = None, **settings: object) -> Consumer:
+    given = {"RECOVERY_TICK": 0.01, "WORKER_BLOCK_MS": 1, "LEASE_SECONDS": 60, **settings}
+    loaded = load_settings(given, env_file=None)
+    seat = Seat(redis or store.redis, store.keys, GROUP, name)
+    recovery.join(store.seat(name))
+    return Consumer(seat, loaded.stream, loaded.work, handler, Time().clock, lambda: 0.0)
+
+
+def publish(store: Store, *numbers: int, subject: str = "done") -> None:
+    """Unread mails `number` as publish puts them: entry, index, count of the day."""
+    for number in numbers:
+        store.add(f"{number}-0", fields_of(f"gm:a:{number}", subject=subject))
+        store.redis.call("HSET", store.keys.index, f"gm:a:{number}", f"S:{number}-0")
+        store.redis.call("HINCRBY", store.keys.open, DAY, 1)
+
+
+def ids(started: list[Started]) -> list[str]:
+    return [mail.delivery.email_id for mail in started]
+
+
+def settle(consumer: Consumer, started: list[Started]) -> None:
+    consumer.settle([consumer.handle(mail) for mail in started])
+
+
+# from the stream to its end
+
+
+def test_a_mail_is_taken_handled_and_done(store: Store) -> None:
+    """Nothing is left but the processed id and the result."""
+    consumer = consumer_of(store)
+    publish(store, 1, 2)
+    started = consumer.take(8)
+    assert (ids(started), consumer.in_flight()) == ([M1, M2], 2)
+    settle(consumer, started)
+    assert store.content() == {"processed": {DONE: {"1", "2"}}, "results": [(M1, "done", '{"uid":1}'), (M2, "done", '{"uid":2}')]}
+    assert consumer.in_flight() == 0
+    assert (consumer.counts["started"], consumer.counts["done"]) == (2, 2)
+
+
+def test_a_failed_mail_comes_back_until_it_is_dead(store: Store) -> None:
+    """Its attempts are told to the handler; the dead letter says how many there were."""
+    consumer = consumer_of(store, MAX_ATTEMPTS=3, BACKOFF_BASE=0.001)
+    publish(store, 1, subject="retry")
+    attempts = []
+    for _ in range(3):
+        [started] = consumer.take(8)
+        attempts.append((started.delivery.count, started.attempts))
+        settle(consumer, [started])
+    assert attempts == [(1, 0), (2, 1), (3, 2)]
+    assert consumer.take(8) == []
+    assert store.content() == {"index": {M1: "D:#1"}, "dlq": [(M1, "attempts", "3")], "open": {DAY: "1"}}
+    assert (consumer.counts["retried"], consumer.counts["dead"], consumer.in_flight()) == (2, 1, 0)
+
+
+def test_a_batch_is_settled_by_each_mails_own_outcome(store: Store) -> None:
+    """Done, retried and dead in one call."""
+    consumer = consumer_of(store)
+    publish(store, 1)
+    publish(store, 2, subject="retry")
+    publish(store, 3, subject="bury")
+    settle(consumer, consumer.take(8))
+    content = store.content()
+    assert content["due"] == {f"2-0|{M2}"}
+    assert content["dlq"] == [(M3, "permanent", "1")]
+    assert content["processed"] == {DONE: {"1"}}
+    assert content["index"] == {M2: "S:2-0", M3: "D:#1"}
+    assert "pending" not in content
+    assert "starts" not in content
+
+
+def test_no_more_is_taken_than_there_is_room_for(store: Store) -> None:
+    """The rest is left to others."""
+    consumer = consumer_of(store)
+    publish(store, 1, 2, 3)
+    assert ids(consumer.take(2)) == [M1, M2]
+    assert ids(consumer_of(store, "w2").take(8)) == [M3]
+
+
+def test_no_more_is_read_than_the_batch_size(store: Store) -> None:
+    consumer = consumer_of(store, WORKER_BATCH_SIZE=2)
+    publish(store, 1, 2, 3)
+    assert [ids(consumer.take(8)) for _ in range(2)] == [[M1, M2], [M3]]
+
+
+def test_a_duplicate_is_dropped_and_not_started(store: Store) -> None:
+    """A second copy of a mail that is in flight, and a mail that was done."""
+    consumer = consumer_of(store)
+    publish(store, 1)
+    store.add("2-0", fields_of(M1))
+    store.add("3-0", fields_of(M3))
+    store.redis.call("SADD", f"stream:processed:{DONE}", "3")
+    assert ids(consumer.take(8)) == [M1]
+    assert store.content()["stream"] == {"1-0": M1}
+    assert (consumer.in_flight(), consumer.counts["duplicates"]) == (1, 2)
+
+
+def test_abandoned_mail_is_taken_over_and_a_late_answer_changes_nothing(store: Store) -> None:
+    """The zombie's completion is lost, the new owner's counts."""
+    zombie, consumer = consumer_of(store, "w1"), consumer_of(store, "w2")
+    publish(store, 1)
+    late = zombie.take(8)
+    store.age("1-0", "w1", HOUR)
+    assert consumer.take(8) == [], "its last start never finished"
+    [suspect] = consumer.take(8)
+    settle(zombie, late)
+    assert store.content()["pending"] == {"1-0": ("w2", 2)}
+    assert (zombie.counts["lost"], zombie.counts["done"], zombie.in_flight()) == (1, 0, 0)
+    settle(consumer, [suspect])
+    assert store.content() == {"processed": {DONE: {"1"}}, "results": [(M1, "done", '{"uid":1}')]}
+
+
+def test_what_is_in_flight_here_is_not_recovered_from_oneself(store: Store) -> None:
+    """A handler that outlasts its lease by a hair keeps its mail."""
+    consumer = consumer_of(store)
+    publish(store, 1)
+    consumer.take(8)
+    store.age("1-0", "w1", HOUR)
+    assert consumer.take(8) == []
+    assert store.content()["pending"] == {"1-0": ("w1", 1)}
+
+
+def test_renewal_covers_all_that_is_in_flight(store: Store) -> None:
+    consumer = consumer_of(store)
+    publish(store, 1, 2)
+    consumer.take(8)
+    for entry in ("1-0", "2-0"):
+        store.age(entry, "w1", HOUR)
+    consumer.renew()
+    assert max(store.idle("1-0"), store.idle("2-0")) < 60_000
+
+
+def test_what_is_handed_back_is_free_at_once(store: Store) -> None:
+    """In flight or read and not begun: another worker starts it as if it had never been started."""
+    consumer = consumer_of(store)
+    publish(store, 1, 2)
+    consumer.take(8)
+    assert consumer.hand_back() == 2
+    assert consumer.in_flight() == 0
+    assert "starts" not in store.content()
+    assert ids(consumer_of(store, "w2").take(8)) == [M1, M2]
+
+
+# suspects
+
+
+def crashed(store: Store, *numbers: int) -> None:
+    """Mails that a worker w0 had begun when it died, an hour ago."""
+    dead = consumer_of(store, "w0")
+    publish(store, *numbers)
+    assert len(dead.take(100)) == len(numbers)
+    for number in numbers:
+        store.age(f"{number}-0", "w0", HOUR)
+
+
+def test_suspects_run_one_by_one_with_nothing_beside_them(store: Store) -> None:
+    """Neither another suspect nor new mail starts while one runs: else an innocent beside it would be counted with it."""
+    crashed(store, 1, 2)
+    publish(store, 3)
+    consumer = consumer_of(store)
+    order = []
+    for _ in range(20):
+        started = consumer.take(8)
+        order += ids(started)
+        if started:
+            assert consumer.take(8) == [], "something starts beside a suspect"
+            settle(consumer, started)
+        if len(order) == 3:
+            break
+    assert sorted(order) == [M1, M2, M3]
+    assert len(store.content()["results"]) == 3
+
+
+def test_the_last_suspect_too_runs_with_nothing_beside_it(store: Store) -> None:
+    """New mail that kills the process beside it would be held against it."""
+    crashed(store, 1)
+    consumer = consumer_of(store)
+    assert consumer.take(8) == []
+    suspect = consumer.take(8)
+    assert ids(suspect) == [M1]
+    publish(store, 2)
+    assert consumer.take(8) == []
+    settle(consumer, suspect)
+    assert ids(consumer.take(8)) == [M2]
+
+
+def test_a_suspect_waits_until_what_runs_here_is_finished(store: Store) -> None:
+    """It is found while other mail is in flight."""
+    consumer = consumer_of(store)
+    publish(store, 9)
+    busy = consumer.take(8)
+    crashed(store, 10)
+    assert consumer.take(8) == []
+    assert consumer.take(8) == []
+    settle(consumer, busy)
+    assert ids(consumer.take(8)) == ["gm:a:10"]
+
+
+def test_a_mail_that_kills_its_process_dies_alone(store: Store) -> None:
+    """32 mails in flight, one of them kills every process that starts it: 31 done, one dead, after four crashes."""
+    publish(store, *range(1, 33))
+    crashes = 0
+    while left_alone := store.content().get("stream"):
+        assert crashes < 20, left_alone
+        consumer = consumer_of(store, f"w{crashes}")
+        while store.content().get("stream"):
+            started = consumer.take(32)
+            if "gm:a:7" in ids(started):
+                crashes += 1
+                break
+            settle(consumer, started)
+        for entry, (owner, _) in store.content().get("pending", {}).items():
+            store.age(entry, owner, HOUR)
+    content = store.content()
+    assert content["dlq"] == [("gm:a:7", "poison", "0")]
+    assert sorted(result[0] for result in content["results"]) == sorted(f"gm:a:{n}" for n in range(1, 33) if n != 7)
+    assert set(content) == {"dlq", "results", "processed", "index", "open"}
+    assert crashes == 4, "one beside the others, three alone"
+
+
+# what is no mail of ours, and what we must not touch
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"hello": "world"}, "no schema"),
+        (fields_of(M1, schema="x"), "no schema"),
+        (fields_of("nonsense"), "no valid email_id"),
+        (fields_of("gm:a:99999999999999999999999"), "no valid email_id"),
+        (fields_of("gm:b:1"), "email_id of another account"),
+        (fields_of(M1, internal_date="yesterday"), "internal_date is neither empty nor YYYY-MM-DDTHH:MM:SSZ"),
+        ({name: text for name, text in fields_of(M1).items() if name != "record"}, "no mailbox or record"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_foreign_entry_is_buried_with_the_reason_and_holds_nobody(store: Store, fields: Fields, reason: str) -> None:
+    """The mail behind it starts in the same turn."""
+    consumer = consumer_of(store)
+    store.add("1-0", fields)
+    publish(store, 2)
+    assert ids(consumer.take(8)) == [M2]
+    [(_, letter)] = store.redis.entries(store.keys.dlq, count=10)
+    assert (letter["dead_id"], letter["dead_reason"], letter["dead_error"]) == ("foreign:1-0", "foreign", reason)
+    assert store.content()["stream"] == {"2-0": M2}
+    assert "index" in store.content()
+
+
+def test_unknown_fields_are_ignored(store: Store) -> None:
+    """A later minor version of the producer."""
+    consumer = consumer_of(store)
+    store.add("1-0", fields_of(M1, flavour="new"))
+    assert ids(consumer.take(8)) == [M1]
+
+
+def test_a_newer_schema_is_left_alone_and_reading_stops(store: Store) -> None:
+    """Never buried: it is claimable at once by a worker that knows it; what came with it is still handled."""
+    consumer = consumer_of(store)
+    publish(store, 1)
+    store.add("2-0", fields_of(M2, schema="2"))
+    started = consumer.take(8)
+    assert ids(started) == [M1]
+    assert consumer.blocked == "schema 2"
+    settle(consumer, started)
+    publish(store, 3)
+    assert [consumer.take(8) for _ in range(3)] == [[], [], []]
+    assert (consumer.in_flight(), store.content()["stream"]) == (0, {"2-0": M2, "3-0": M3})
+    assert store.idle("2-0") >= HOUR
+    assert [mail.stream_id for mail in recovery.recover(store.seat("w2"), lease=60, most=9, in_flight=[])] == ["2-0"]
+
+
+# the dead letters' limit
+
+
+def test_at_dlq_max_reading_stops_and_goes_on_when_there_is_room(store: Store) -> None:
+    """It says what to run; nothing is read, recovered or promoted meanwhile, so nothing more can die."""
+    consumer = consumer_of(store, DLQ_MAX=2)
+    publish(store, 1, 2, subject="bury")
+    settle(consumer, consumer.take(8))
+    publish(store, 3)
+    assert [consumer.take(8) for _ in range(3)] == [[], [], []]
+    assert consumer.blocked == "2 dead letters (DLQ_MAX=2)"
+    assert "pending" not in store.content()
+    [(letter, _), _] = store.redis.entries(store.keys.dlq, count=10)
+    store.redis.call("XDEL", store.keys.dlq, letter)
+    assert ids(consumer.take(8)) == [M3]
+    assert consumer.blocked == ""
+
+
+# calls that fail
+
+
+class Flaky:
+    """A transport that loses the request or the reply of the next call whose name or script holds `victim`."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self.victim = ""
+        self.lost = "request"
+
+    def execute_command(self, *args: Arg) -> Any:
+        if not self.victim or self.victim not in str(args[:2]):
+            return self._transport.execute_command(*args)
+        self.victim = ""
+        if self.lost == "reply":
+            self._transport.execute_command(*args)
+        raise redis.ConnectionError("lost")
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+@pytest.fixture
+def flaky(store: Store) -> Iterator[Flaky]:
+    yield Flaky(Direct(store.redis))
+
+
+class Direct:
+    """A client's calls as a transport; scripts by their text, so that `Flaky` can tell them apart."""
+
+    def __init__(self, client: RedisClient) -> None:
+        self._client = client
+
+    def execute_command(self, *args: Arg) -> Any:
+        if args[0] == "EVALSHA":
+            raise redis.exceptions.NoScriptError("NOSCRIPT")
+        return self._client.call(*args)
+
+    def close(self) -> None:
+        return
+
+
+@pytest.mark.parametrize("lost", ["request", "reply"])
+@pytest.mark.parametrize("victim", ["XREADGROUP", "the last step before a handler starts"], ids=["read", "begin"])
+def test_a_call_lost_on_the_way_in_loses_no_mail(store: Store, flaky: Flaky, victim: str, lost: str) -> None:
+    """What was delivered is begun in the next turn, or recovered when its reply was lost; each mail starts once here."""
+    consumer = consumer_of(store, redis=RedisClient(flaky), LEASE_SECONDS=2)
+    publish(store, 1, 2)
+    flaky.victim, flaky.lost = victim, lost
+    with pytest.raises(RedisUnavailable):
+        consumer.take(8)
+    for entry in store.content().get("pending", {}):
+        store.age(entry, "w1", HOUR)
+    started = consumer.take(8)
+    assert ids(started) == [M1, M2]
+    settle(consumer, started)
+    assert store.content() == {"processed": {DONE: {"1", "2"}}, "results": [(M1, "done", '{"uid":1}'), (M2, "done", '{"uid":2}')]}
+
+
+@pytest.mark.parametrize("lost", ["request", "reply"])
+@pytest.mark.parametrize("victim", ["-- DONE:", "-- fail, postpone, bury"], ids=["complete", "fail"])
+def test_settling_is_safe_to_repeat(store: Store, flaky: Flaky, victim: str, lost: str) -> None:
+    """One result, one attempt, nothing in flight."""
+    consumer = consumer_of(store, redis=RedisClient(flaky))
+    publish(store, 1)
+    publish(store, 2, subject="retry")
+    outcomes = [consumer.handle(mail) for mail in consumer.take(8)]
+    flaky.victim, flaky.lost = victim, lost
+    with pytest.raises(RedisUnavailable):
+        consumer.settle(outcomes)
+    consumer.settle(outcomes)
+    assert store.content() == {
+        "stream": {"2-0": M2},
+        "index": {M2: "S:2-0"},
+        "tries": {M2: "1|1"},
+        "due": {f"2-0|{M2}"},
+        "open": {DAY: "1"},
+        "processed": {DONE: {"1"}},
+        "results": [(M1, "done", '{"uid":1}')],
+    }
+    assert consumer.in_flight() == 0
+
+
+def test_a_flushed_server_says_that_the_group_is_missing(store: Store) -> None:
+    """The daemon joins again and goes on."""
+    consumer = consumer_of(store)
+    store.redis.call("FLUSHALL")
+    with pytest.raises(GroupMissing):
+        consumer.take(8)
+    recovery.join(consumer.seat)
+    publish(store, 1)
+    assert ids(consumer.take(8)) == [M1]
+
+
+def test_a_mail_that_redis_refuses_to_begin_does_not_hold_the_others(store: Store) -> None:
+    """Mail by mail: the others start, it stays in the stream, not in flight, for another try after its lease."""
+    consumer = consumer_of(store)
+    store.redis.call("SET", "stream:processed:a:20260130", "somebody's text where a processed set belongs")
+    store.add("1-0", fields_of(M1, day="2026-01-30"))
+    publish(store, 2)
+    assert ids(consumer.take(8)) == [M2]
+    assert (consumer.in_flight(), consumer.counts["refused"]) == (1, 1)
+    assert [entry for entry, _ in deliveries(store)] == ["1-0", "2-0"]
+    assert store.redis.call("XPENDING", store.keys.stream, GROUP, "1-0", "1-0", 1)[0][1] == "w1"
+
+
+def test_a_mail_that_redis_refuses_to_complete_does_not_hold_the_others(store: Store) -> None:
+    """Its completion is refused; the one beside it is done; it is free to be tried again after its lease."""
+    consumer = consumer_of(store)
+    store.add("1-0", fields_of(M1, day="2026-01-30"))
+    publish(store, 2)
+    started = consumer.take(8)
+    store.redis.call("SET", "stream:processed:a:20260130", "text")
+    settle(consumer, started)
+    assert (consumer.in_flight(), consumer.counts["refused"], consumer.counts["done"]) == (0, 1, 1)
+    assert store.redis.call("SMEMBERS", f"stream:processed:{DONE}") == ["2"]
+    assert [mail.email_id for _, mail in deliveries(store)] == [M1]
+
+
+def deliveries(store: Store) -> list[tuple[str, Delivery]]:
+    return [(entry, Delivery(entry, 1, fields)) for entry, fields in store.redis.entries(store.keys.stream, count=10)]
