@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SINCE_DAYS = re.compile(r"since:(\d{1,4})d")
+ARCHIVE = re.compile(r"off|file:(?!//(?!/)).+|(?!file:)[a-z][a-z0-9+.:-]*://.+")
 
 
 class SettingsError(ValueError):
@@ -84,7 +85,7 @@ class MailSettings(Section):
         (), alias="GMAIL_USERNAME", description="Accounts, separated by commas. Unset: the account of the token file."
     )
     mailboxes: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("INBOX",), alias="MAILBOXES", description="Folders, separated by commas."
+        ("INBOX",), alias="MAILBOXES", min_length=1, description="Folders, separated by commas."
     )
     token_dir: Path = Field(
         Path("tokens"),
@@ -210,7 +211,7 @@ class WorkSettings(Section):
     backoff_base: Positive = Field(
         1, alias="BACKOFF_BASE", description="Seconds; the delay after attempt n is random in 0 … base x factor^(n-1)."
     )
-    backoff_factor: float = Field(2, alias="BACKOFF_FACTOR", ge=1, description="Growth of the delay.")
+    backoff_factor: float = Field(2, alias="BACKOFF_FACTOR", ge=1, allow_inf_nan=False, description="Growth of the delay.")
     backoff_cap: Positive = Field(3600, alias="BACKOFF_CAP", description="Longest delay in seconds.")
 
     @field_validator("handler")
@@ -223,7 +224,16 @@ class WorkSettings(Section):
 
 class RunSettings(Section):
     data_dir: Path = Field(
-        Path("data"), alias="DATA_DIR", description="What the daemons keep on disk: markers, the embedded server."
+        Path("data"), alias="DATA_DIR", description="What the daemons keep on disk: markers, raw mail, the embedded server."
+    )
+    raw_archive: SecretStr | None = Field(
+        None,
+        alias="RAW_ARCHIVE",
+        description="Where raw mail is kept for handlers: file:<folder>, a URL of fsspec (s3://bucket/folder, with its package "
+        "installed), or off. A place of this stream alone, which producer and workers share. Unset: file:data/raw (under DATA_DIR).",
+    )
+    raw_retention_days: Positive = Field(
+        7, alias="RAW_RETENTION_DAYS", description="Days raw mail is kept after its mail is done, and a day at most."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", alias="LOG_LEVEL", description="Least level that is logged."
@@ -241,6 +251,13 @@ class RunSettings(Section):
         le=65535,
         description="Its port. Unset: 8080 (producer), 8081 (worker) or the next free one; 0: any free one.",
     )
+
+    @field_validator("raw_archive")
+    @classmethod
+    def _archive(cls, url: SecretStr | None) -> SecretStr | None:
+        if url and not ARCHIVE.fullmatch(url.get_secret_value()):
+            raise ValueError("must be off, file:<folder>, or the URL of a folder (s3://bucket/folder)")
+        return url
 
 
 @dataclass(frozen=True)
@@ -293,4 +310,5 @@ def _one_line(model: type[Section], error: ValidationError) -> str:
         return rule
     field = next((field for field in model.model_fields.values() if field.alias == name), None)
     secret = field is not None and "SecretStr" in str(field.annotation)
-    return f"{name}={'***' if secret else first['input']}: {rule[:1].lower()}{rule[1:]}"
+    value = "***" if secret else str(first["input"])
+    return f"{name}={value if value.isprintable() else repr(value)}: {rule[:1].lower()}{rule[1:]}"

@@ -146,12 +146,13 @@ class Embedded:
     def __exit__(self, *exc: object) -> None:
         with _locked(self.folder / "start.lock"):
             assert self._users is not None
+            users, self._users = self._users, None
             try:
-                fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return  # others still use it
             finally:
-                os.close(self._users)
+                os.close(users)
             self._shut_down()
 
     def describe(self) -> str:
@@ -159,11 +160,11 @@ class Embedded:
         return f"embedded Valkey on {self.socket}{tcp}, data in {self.folder}"
 
     def keep_alive(self, shutdown: Shutdown) -> None:
-        """Start the server again if it died; returns at shutdown."""
+        """Start the server again if it died while we use it; returns at shutdown."""
         while not shutdown.wait(1.0):
             if not self._ping():
                 with _locked(self.folder / "start.lock"):
-                    if not self._ping() and not shutdown.requested:
+                    if self._users is not None and not self._ping() and not shutdown.requested:
                         log.warning("the embedded Valkey is gone: starting it again on its data")
                         self._ensure_running()
 
@@ -208,7 +209,9 @@ class Embedded:
 
     def _ask(self, seconds: float) -> redis.Redis:
         """A client without redis-py's ten silent retries: they would make each look at an absent server last four seconds."""
-        return redis.Redis(unix_socket_path=str(self.socket), socket_timeout=seconds, retry=Retry(NoBackoff(), 0))
+        return redis.Redis(
+            unix_socket_path=str(self.socket), socket_timeout=seconds, retry=Retry(NoBackoff(), 0), decode_responses=True
+        )
 
     def _ping(self) -> bool:
         """Up and done with loading."""
@@ -221,7 +224,7 @@ class Embedded:
     def _listens_on_tcp(self) -> bool:
         try:
             with self._ask(seconds=2.0) as client:
-                return bool(client.config_get("port").get(b"port") == str(LOCAL[1]).encode())
+                return bool(client.config_get("port") == {"port": str(LOCAL[1])})
         except redis.RedisError:
             return False
 

@@ -54,6 +54,14 @@ class DiskUnavailable(Transient):
     """A file of ours cannot be written: disk full, or not ours to write. What it should have covered waits."""
 
 
+class ArchiveUnavailable(Transient):
+    """The archive of raw mail is full or cannot be reached. The text says where it is and what to do."""
+
+
+class ArchiveMissing(Permanent):
+    """This raw mail is not in the archive, or not as it was stored; the archive itself can be had."""
+
+
 class GroupMissing(Transient):
     """NOGROUP: the stream or its consumer group is gone (FLUSHALL, DEL); join again."""
 

@@ -114,7 +114,7 @@ def contains(text: str, keyword: str, whole_words: bool) -> bool:
         end = start + len(keyword)
         if not whole_words or not (text[start - 1 : start].isalnum() or text[end : end + 1].isalnum()):
             return True
-        start = text.find(keyword, end)
+        start = text.find(keyword, start + 1)
     return False
 
 

@@ -17,8 +17,11 @@ from urllib.parse import unquote_to_bytes
 from src.mail.record import Address
 from src.mail.text import decode_charset, has_controls, one_line
 
-_WORD = re.compile(r"=\?([^?*\s]{1,64})(?:\*[^?\s]{0,64})?\?([bBqQ])\?([^?\r\n]*)\?=")
-_ADDRESS_TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"?|<([^<>]*)>?|([(),;:>])|([^"(),;:<>]+)', re.DOTALL)
+_WORD = re.compile(r"=\?([^?*\s]{1,64})(?:\*[^?\s]{0,64})?\?([bBqQ])\?(.*?)\?=", re.DOTALL)
+_ADDRESS_TOKEN = re.compile(
+    r'"((?:[^"\\]|\\.)*)"?|<((?:[^<>"]|"(?:[^"\\]|\\.){0,100}")*(?=>)|[^<>]*)>?|([(),;:>])|([^"(),;:<>]+)', re.DOTALL
+)
+_LOCAL_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"?|\(|[^"(]+', re.DOTALL)
 _COMMENT_TOKEN = re.compile(r"\\.|[()]|[^\\()]+|\\", re.DOTALL)
 _PARAMETER = re.compile(r';\s*([^\s=;"]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"?|([^;]*))', re.DOTALL)
 _SEGMENT = re.compile(r"([^*]+)(?:\*([0-9]{1,3}))?(\*)?")
@@ -26,7 +29,9 @@ _MESSAGE_ID = re.compile(r"<[^<>\s]+>")
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
 _NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/]")
 
-_FIRST_YEAR: Final = 1970
+_AROUND_COLON = re.compile(r" ?: ?")
+
+_FIRST_YEAR: Final = 1900  # RFC 5322 section 3.3
 _LAST_YEAR: Final = 2100
 
 
@@ -51,7 +56,7 @@ class Headers:
 
 
 def _readable(value: bytes) -> str:
-    text, _ = decode_charset(value, "")
+    text = value.decode("ascii") if value.isascii() else decode_charset(value, "")[0]
     return text.replace("\r", "").replace("\n", "").strip()
 
 
@@ -73,7 +78,8 @@ def _decoded(value: str) -> str:
     run = b""
     run_charset = ""
     at = 0
-    for word in _WORD.finditer(value):
+    # A word begun before the last "?=" has an end, so no place is looked at twice.
+    for word in _WORD.finditer(value, 0, value.rfind("?=") + 2):
         charset, encoding, payload = word[1].lower(), word[2].lower(), word[3]
         between = value[at : word.start()]
         at = word.end()
@@ -104,7 +110,7 @@ def addresses(value: str, most: int) -> tuple[Address, ...]:
     list is split, so that a comma inside of one does not split it.
     """
     found: list[Address] = []
-    words: list[str] = []
+    words: list[_Word] = []
     comment = ""
     angle: str | None = None
     in_address = False
@@ -116,24 +122,32 @@ def addresses(value: str, most: int) -> tuple[Address, ...]:
         at = token.end()
         quoted, bracketed, mark, text = token.groups()
         if quoted is not None:
-            words.append(_ESCAPED.sub(r"\1", quoted) if value[at : at + 1] != "@" else token[0])
+            words.append(_Word(_ESCAPED.sub(r"\1", quoted), token[0]))
         elif bracketed is not None:
             angle = bracketed if angle is None else angle
         elif text is not None:
-            words.append(text)
+            words.append(_Word(text))
             in_address = in_address or "@" in text
         elif mark == "(":
             comment, at = _comment(value, at)
         elif mark == ":" and in_address:
-            words.append(mark)  # of a domain literal
+            words.append(_Word(mark))  # of a domain literal
         elif mark == ":" and angle is None:
-            words = []  # the name of a group
+            words, comment = [], ""  # the name of a group
         elif mark in ",;":
             found.extend(_mailbox(words, angle, comment))
             words, angle, comment, in_address = [], None, "", False
     if len(found) < most:
         found.extend(_mailbox(words, angle, comment))
     return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """A piece of a phrase or an address; `quoted`: as it stood in its quotes, "" where it had none."""
+
+    text: str
+    quoted: str = ""
 
 
 def _comment(value: str, at: int) -> tuple[str, int]:
@@ -143,30 +157,53 @@ def _comment(value: str, at: int) -> tuple[str, int]:
     for token in _COMMENT_TOKEN.finditer(value, at):
         depth += {"(": 1, ")": -1}.get(token[0], 0)
         if depth == 0:
-            return "".join(pieces), token.end()
+            return _ESCAPED.sub(r"\1", "".join(pieces)), token.end()
         pieces.append(token[0])
     return "".join(pieces), len(value)
 
 
-def _mailbox(words: list[str], angle: str | None, comment: str) -> list[Address]:
-    phrase = "".join(words).strip()
+def _without_comments(value: str) -> str:
+    pieces: list[str] = []
+    at = 0
+    while (start := value.find("(", at)) >= 0:
+        pieces.append(value[at:start])
+        at = _comment(value, start + 1)[1]
+    return "".join([*pieces, value[at:]])
+
+
+def _mailbox(words: list[_Word], angle: str | None, comment: str) -> list[Address]:
     if angle is not None:
         address = _bare_address(angle)
-        name = decode_words(phrase) or decode_words(comment)
+        name = decode_words("".join(word.text for word in words)) or decode_words(comment)
         return [Address(name, address)] if name or address else []
-    local_words = phrase.split()
-    with_at = [word for word in local_words if "@" in word]
-    if not with_at:
-        name = decode_words(phrase)
+    atoms = _atoms(words)
+    address = next((atom.quoted or atom.text for atom in reversed(atoms) if "@" in atom.text), "")
+    name = decode_words(" ".join(atom.text for atom in atoms if (atom.quoted or atom.text) != address))
+    if not address:
         return [Address(name, "")] if name else []
-    address = with_at[-1]
-    name = decode_words(" ".join(word for word in local_words if word is not address)) or decode_words(comment)
-    return [Address(name, _bare_address(address))]
+    return [Address(name or decode_words(comment), _bare_address(address))]
+
+
+def _atoms(words: list[_Word]) -> list[_Word]:
+    """The words of a mailbox without brackets, split at white space but for that around "@" and before "." (RFC 5322 section 4.4)."""
+    atoms: list[_Word] = []
+    for word in words:
+        for piece in [word] if word.quoted else map(_Word, word.text.split()):
+            before = atoms[-1] if atoms else _Word("")
+            if atoms and (piece.text[:1] in ("@", ".") or before.text[-1:] == "@" or before.text.endswith((" .", "@."))):
+                whole = (before.quoted or before.text) + (piece.quoted or piece.text)
+                atoms[-1] = _Word(whole)
+            else:
+                atoms.append(piece)
+    return atoms
 
 
 def _bare_address(text: str) -> str:
-    """An address without white space and without the route of old ("@a,@b:user@host")."""
-    address = "".join(one_line(text).split())
+    """An address without comments, white space outside quotes, and the route of old ("@a,@b:user@host")."""
+    if '"' in text or "(" in text:
+        address = _without_comments_and_blanks(text)
+    else:
+        address = "".join(one_line(text).split())
     if address.startswith("@") and ":" in address:
         address = address.partition(":")[2]
     return address

@@ -9,10 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Final, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
+
+from src.common.exceptions import ArchiveMissing, ArchiveUnavailable
+
+if TYPE_CHECKING:
+    from src.mail.mime import Part  # which imports this module
 
 SCHEMA: Final = "1"
 """Version of the stream entry. A higher major number means: readers of this version must not touch the entry."""
@@ -64,12 +70,22 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """A part that is not the text of the mail. `size` (bytes) and `sha256` (hex) are those of the decoded content."""
+    """A part that is not the text of the mail. `size` (bytes) and `sha256` (hex) are those of the decoded content.
+
+    `content` gives that content; only the attachments of an Email have it.
+    """
 
     name: str
     content_type: str
     size: int
     sha256: str
+    content: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
+
+    def open(self) -> BinaryIO:
+        """The decoded content as a file, from the archived raw mail. Raises what `Email.raw` raises."""
+        if self.content is None:
+            raise ArchiveMissing("this attachment comes from a record without its mail: take it from Email.attachments")
+        return BytesIO(self.content())
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +239,12 @@ class Email:
     """What a handler gets: one stream entry, read-only. What redis-cli shows is at hand; the rest is decoded on first touch.
 
     The properties that need the record raise ValueError where the entry carries none or a broken one; so does `uid`.
+    `fetch_raw`: raw_ref → the raw mail (`Archive.get`); None where RAW_ARCHIVE is off.
     """
 
-    def __init__(self, fields: Mapping[str, str]) -> None:
+    def __init__(self, fields: Mapping[str, str], fetch_raw: Callable[[str], bytes] | None = None) -> None:
         self._fields = fields
+        self._fetch_raw = fetch_raw
 
     def __repr__(self) -> str:
         return f"Email({self.email_id!r}, mailbox={self.mailbox!r}, uid={self._fields.get('uid', '')})"
@@ -294,9 +312,44 @@ class Email:
     def preview(self) -> str:
         return self.record.body_preview
 
-    @property
+    @cached_property
     def attachments(self) -> tuple[Attachment, ...]:
-        return self.record.attachments
+        """`attachments[0].open()` reads the content of the first one."""
+        listed = self.record.attachments
+        return tuple(replace(item, content=partial(self._content, number)) for number, item in enumerate(listed))
+
+    def raw(self) -> bytes:
+        """The whole mail as the IMAP server gave it.
+
+        Raises ArchiveUnavailable (the archive is away: this attempt fails, a later one may not) and ArchiveMissing (this mail is
+        not in it: it was too large and entered as a stub, came while RAW_ARCHIVE was off, or is damaged).
+        """
+        return self._raw
+
+    @cached_property
+    def _raw(self) -> bytes:
+        if not self.raw_ref:
+            raise ArchiveMissing("this mail was not archived: it entered as a stub (see defects), or RAW_ARCHIVE was off")
+        if self._fetch_raw is None:
+            raise ArchiveUnavailable("RAW_ARCHIVE is off here, but this mail was archived: set it as the producer has it")
+        return self._fetch_raw(self.raw_ref)
+
+    @cached_property
+    def _parts(self) -> list[Part]:
+        from src.mail.mime import Limits, read_message
+
+        return read_message(self._raw, Limits()).leaves
+
+    def _content(self, number: int) -> bytes:
+        """The decoded content of attachment `number` (from 0): it is the leaf with its hash, of those from `number` on."""
+        from src.mail.mime import content
+
+        wanted = self.record.attachments[number]
+        for part in self._parts[number:]:
+            data, _ = content(self._raw, part)
+            if len(data) == wanted.size and hashlib.sha256(data).hexdigest() == wanted.sha256:
+                return data
+        raise ArchiveMissing(f"the raw mail has no part that is attachment {number} of its record")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -429,18 +482,18 @@ def _fitted(record: Record) -> Record:
     """The record within RECORD_BYTES: every list and text within its cap, then as much body_text as there is room for."""
     changes: dict[str, Any] = {}
     notes: list[str] = []
-    for field, cap in _LIST_CAPS.items():
-        items = getattr(record, field)
+    for name, cap in _LIST_CAPS.items():
+        items = getattr(record, name)
         kept = _first_items(items, cap)
         if len(kept) < len(items):
-            changes[field] = kept
-            notes.append(f"{field}: {len(kept)} of {len(items)} kept")
-    for field, cap in _TEXT_CAPS.items():
-        text = getattr(record, field)
+            changes[name] = kept
+            notes.append(f"{name}: {len(kept)} of {len(items)} kept")
+    for name, cap in _TEXT_CAPS.items():
+        text = getattr(record, name)
         kept_text = _first_characters(text, cap)
         if len(kept_text) < len(text):
-            changes[field] = kept_text
-            notes.append(f"{field}: cut")
+            changes[name] = kept_text
+            notes.append(f"{name}: cut")
     sender = Address(_first_characters(record.from_.name, 1_024), _first_characters(record.from_.address, 1_024))
     if sender != record.from_:
         changes["from_"] = sender

@@ -1,18 +1,25 @@
 """Bytes and markup of unknown quality to plain text: character sets, forbidden characters, HTML.
 
 Pure. Every function takes anything, returns text that encodes as UTF-8, and takes time linear in its input.
+
+HTML is read through lxml's event interface: no tree is built, and the depth is bounded, because libxml2 looks through all
+open elements for the one that an end tag closes. Parsers that build the tree of the HTML standard (lexbor in selectolax,
+justhtml) need quadratic memory by that standard's own rules; `html.parser` of Python 3.11 and 3.12 is quadratic on "<!--" and "</".
 """
 
 from __future__ import annotations
 
 import codecs
-import html
 import re
 from encodings.aliases import aliases
 from typing import Final
 
+from lxml import etree  # type: ignore[import-untyped]  # it has no types of its own
+
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_NOT_IN_CODEC_NAMES = re.compile("[-. :]")
+_ASCII_SUPERSETS: Final = frozenset({"", "utf-8", "us-ascii", "ascii", "iso-8859-1", "iso-8859-15", "windows-1252"})
 _INVISIBLE_PADDING = re.compile("[\u00ad\u034f\u200b-\u200d\u2060\ufeff](?:\\s*[\u00ad\u034f\u200b-\u200d\u2060\ufeff])+")
 
 # Python's character sets by every name it knows them under; no codec that is not one (zlib, idna, unicode_escape).
@@ -41,14 +48,14 @@ CODECS: Final[dict[str, str]] = {
     "windows_874": "cp874",
 }
 
-_BLOCK = re.compile(
-    "address|article|aside|blockquote|br|dd|div|dl|dt|figure|footer|form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tr|ul"
+_BLOCKS: Final = frozenset(
+    "address article aside blockquote br dd div dl dt figure footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre "
+    "section table tr ul".split()
 )
 _CELLS: Final = frozenset({"td", "th"})
-_UNSEEN: Final = {name: re.compile(f"</{name}", re.IGNORECASE) for name in ("script", "style", "title", "template")}
-_QUOTE_OR_END = re.compile("=\\s*([\"'])|>")
-_TAG_NAME = re.compile("/?([a-zA-Z][a-zA-Z0-9]*)")
-_HUGE_REFERENCE = re.compile("&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{8,});?")
+_UNSEEN: Final = frozenset({"script", "style", "title", "template"})
+_DEEPEST: Final = 500
+_ENRICHED = re.compile(r"<(/?)([A-Za-z0-9-]{1,60})>|<<|\n+|[^<\n]+|<")
 
 
 def has_controls(text: str) -> bool:
@@ -83,81 +90,128 @@ def cut_utf8(text: str, size: int) -> str:
 def decode_charset(data: bytes, charset: str, *, whole: bool = True) -> tuple[str, str]:
     """(text, defect): `data` in the charset it claims, or in the one that it can be.
 
-    A charset that accepts every byte proves nothing, so UTF-8 goes before the claimed single-byte ones; others go first.
-    windows-1252 and ISO 8859-1 come last. `whole`=False: the data may end in the middle of a character.
+    A charset that accepts every byte proves nothing, so UTF-8 goes before the claimed single-byte ones; others go first. Where a
+    few bytes of a long text are wrong, those are U+FFFD; windows-1252 and ISO 8859-1 come last. `whole`=False: the data may
+    end in the middle of a character.
     """
-    if data.isascii() and charset.lower() in ("", "utf-8", "us-ascii", "iso-8859-1"):
+    if data.isascii() and charset.lower() in _ASCII_SUPERSETS:
         return data.decode("ascii"), ""
-    claimed = CODECS.get(re.sub("[-. :]", "_", charset.strip().lower()), "")
-    defect = f"unknown charset {one_line(charset)[:40]}" if charset and not claimed else ""
+    claimed = CODECS.get(_NOT_IN_CODEC_NAMES.sub("_", charset.strip(" \t'\"").lower()), "")
+    unknown = f"unknown charset {one_line(charset)[:40]}" if charset and not claimed else ""
+    mismatch = unknown or f"the text is not in the charset it claims ({one_line(charset)[:40] or 'none'})"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not claimed.startswith(("utf_16", "utf_32")):
+        claimed = "utf_16"
     accepts_everything = claimed.startswith(("cp12", "iso8859", "koi8", "latin", "mac_"))
-    for codec in ("utf_8", claimed, "cp1252") if accepts_everything or not claimed else (claimed, "utf_8", "cp1252"):
-        if not codec:
-            continue
-        try:
-            text = codecs.getincrementaldecoder(codec)("strict").decode(data, whole)
-        except UnicodeError:
-            continue
-        if codec not in (claimed, "utf_8") or (codec == "utf_8" and claimed not in ("utf_8", "") and not data.isascii()):
-            defect = defect or f"the text is not in the charset it claims ({one_line(charset)[:40] or 'none'})"
-        return text, defect
-    return data.decode("latin-1"), defect or f"the text is not in the charset it claims ({one_line(charset)[:40] or 'none'})"
+    for codec in ("utf_8", claimed) if accepts_everything or not claimed else (claimed, "utf_8"):
+        text = _decoded(data, codec, whole) if codec else None
+        if text is not None:
+            as_claimed = codec == claimed or data.isascii() or not charset
+            return text, unknown if as_claimed else mismatch
+    mostly = codecs.getincrementaldecoder(claimed or "utf_8")("replace").decode(data, whole)
+    if mostly.count("\ufffd") * 2 < len(mostly) - len(mostly.encode("ascii", "ignore")):
+        return mostly, mismatch
+    return _decoded(data, "cp1252", whole) or data.decode("latin-1"), mismatch
 
 
-def html_to_text(markup: str) -> str:
-    """What a reader would see of an HTML text: tags, comments, scripts and styles dropped, one line for each block."""
-    pieces: list[str] = []
-    at = 0
-    quotes_close = True
-    while (start := markup.find("<", at)) >= 0:
-        pieces.append(_flow(markup[at:start]))
-        if markup.startswith("<!--", start):
-            end = markup.find("-->", start + 4)
-            at = end + 3 if end >= 0 else len(markup)
-            continue
-        name = _TAG_NAME.match(markup, start + 1)
-        if name is None and not markup.startswith(("<!", "<?", "</"), start):
-            pieces.append("<")
-            at = start + 1
-            continue
-        end = _end_of_tag(markup, start) if quotes_close else -1
-        if end < 0:
-            quotes_close = False  # from here on a tag ends at its first ">": looking for a closing quote again is quadratic
-            end = markup.find(">", start)
-        if end < 0:
-            at = len(markup)
-            break
-        at = end + 1
-        tag = name[1].lower() if name else ""
-        if _BLOCK.fullmatch(tag):
-            pieces.append("\n")
+def _decoded(data: bytes, codec: str, whole: bool) -> str | None:
+    try:
+        return codecs.getincrementaldecoder(codec)("strict").decode(data, whole)
+    except UnicodeError:
+        return None
+
+
+def html_to_text(markup: str) -> tuple[str, str]:
+    """(what a reader would see of an HTML text, defect): tags, comments, scripts and styles dropped, a line for each block."""
+    reader = _Reader()
+    parser = etree.HTMLParser(target=reader, encoding="utf-8")
+    defect = ""
+    try:
+        parser.feed(_SURROGATES.sub("\ufffd", markup))
+        parser.close()
+    except _TooDeep:
+        defect = f"HTML nested deeper than {_DEEPEST}"
+    return _tidy("".join(reader.pieces)), defect
+
+
+class _TooDeep(Exception):
+    """More elements are open than libxml2 should look through."""
+
+
+class _Reader:
+    """The target of lxml's events: the text in `pieces`."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self._depth = self._unseen = self._verbatim = 0
+
+    def start(self, tag: str, _attributes: object) -> None:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise _TooDeep
+        self._unseen += tag in _UNSEEN
+        self._verbatim += tag == "pre"
+        self._separate(tag)
+
+    def end(self, tag: str) -> None:
+        self._depth -= 1
+        self._unseen -= tag in _UNSEEN
+        self._verbatim -= tag == "pre"
+        if tag != "br":
+            self._separate(tag)
+
+    def data(self, text: str) -> None:
+        if not self._unseen:
+            self.pieces.append(text if self._verbatim else text.replace("\n", " ").replace("\r", " "))
+
+    def close(self) -> None:
+        """lxml calls it at the end."""
+
+    def _separate(self, tag: str) -> None:
+        if tag in _BLOCKS:
+            self.pieces.append("\n")
         elif tag in _CELLS:
-            pieces.append(" ")
-        elif tag in _UNSEEN and markup[start + 1] != "/":
-            closing = _UNSEEN[tag].search(markup, at)
-            at = closing.start() if closing else len(markup)
-    pieces.append(_flow(markup[at:]))
+            self.pieces.append(" ")
+
+
+def enriched_to_text(markup: str) -> str:
+    """What a reader would see of text/enriched (RFC 1896), or of the text/richtext before it (RFC 1341 section 7.1.3)."""
+    pieces: list[str] = []
+    unseen = 0
+    for token in _ENRICHED.finditer(clean_text(markup)):
+        name = (token[2] or "").lower()
+        if name in ("param", "comment"):
+            unseen = max(0, unseen + (-1 if token[1] else 1))
+        elif name == "nl":
+            pieces.append("\n")
+        elif name == "lt" or token[0] == "<<":
+            pieces.append("<")
+        elif not name and not unseen:
+            text = token[0]
+            pieces.append((text[1:] or " ") if text[0] == "\n" else text)
     return _tidy("".join(pieces))
 
 
-def _end_of_tag(markup: str, start: int) -> int:
-    """Where the tag's own ">" is, those inside quoted attribute values not counted; -1 where there is none."""
-    at = start
-    while (mark := _QUOTE_OR_END.search(markup, at)) is not None:
-        if mark[1] is None:
-            return mark.start()
-        closing = markup.find(mark[1], mark.end())
-        if closing < 0:
-            return -1
-        at = closing + 1
-    return -1
+def unflow(text: str, *, delete_space: bool) -> str:
+    """The paragraphs of a text/plain; format=flowed (RFC 3676 section 4), each on one line, quotes marked as they were.
 
-
-def _flow(text: str) -> str:
-    """Text between two tags: its line ends are blanks, its character references are characters."""
-    if "&" in text:
-        text = html.unescape(_HUGE_REFERENCE.sub("\ufffd", text))
-    return re.sub(r"[\s\x00-\x1f]+", " ", text) if text else ""
+    `delete_space`: DelSp=yes, the blank at the end of a flowed line is not part of the text.
+    """
+    lines: list[str] = []
+    open_depth = -1  # how deep the quote is whose last line goes on in the next; -1: none does
+    for line in text.split("\n"):
+        words = line.lstrip(">")
+        depth = len(line) - len(words)
+        words = words.removeprefix(" ")  # space-stuffed
+        signature = words == "-- "
+        flows = words.endswith(" ") and not signature
+        if flows and delete_space:
+            words = words[:-1]
+        if depth == open_depth and not signature:
+            lines.append(words)
+        else:
+            lines.append(("\n" if lines else "") + (">" * depth + " " if depth else "") + words)
+        open_depth = depth if flows else -1
+    return "".join(lines)
 
 
 def _tidy(text: str) -> str:

@@ -80,13 +80,14 @@ def test_fetches_longer_than_the_lease_with_a_standby(gmail: tuple[Pipeline, San
         pipeline.wait_for_first_poll()
         with pipeline.producer(PRODUCER_LEASE="2") as standby, pipeline.worker():
             standby.wait_for("standing by")
-            sandbox.faults.stall(4, times=3)
+            sandbox.faults.stall(3, times=1000)  # with leases left to the fetches the two would fence each other for ever
             pipeline.deliver("one", "two", "three")
             pipeline.wait_until_settled()
+            assert int(str(sandbox.faults.state()["stall"]["left"])) <= 997, "search, sizes and bodies came late"
+            sandbox.faults.clear()
             owner.kill9()
             pipeline.deliver("four", "five")
             pipeline.wait_until_settled()
-            assert "stall" not in sandbox.faults.state(), "every answer that was to come late has come"
     pipeline.assert_accounted()
     assert len(pipeline.lines("begin")) == 5
 

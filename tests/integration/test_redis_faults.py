@@ -49,6 +49,20 @@ def test_flushall_while_running(pipeline: Pipeline) -> None:
     assert [group["pending"] for group in pipeline.client.xinfo_groups(STREAM)] == [0]
 
 
+def test_flushall_while_idle(pipeline: Pipeline) -> None:
+    """FLUSHALL when everything is done: both daemons notice by themselves, what is read again is done again."""
+    pipeline.deliver("one", "fail 1")
+    with pipeline.producer(), pipeline.worker() as worker:
+        pipeline.wait_until_settled()
+        pipeline.wait_for_uid(2)
+        pipeline.client.flushall()
+        worker.wait_for("joining again", DEADLINE)
+        pipeline.deliver("came after")
+        pipeline.wait_until_settled()
+        pipeline.wait_for_uid(3)
+    pipeline.assert_accounted()
+
+
 def test_flushall_while_nothing_runs(pipeline: Pipeline) -> None:
     """Redis was emptied overnight: the producer reads from its marker, never from "new" and never what it once left out."""
     pipeline.deliver("left out", days_ago=4, expected=False)

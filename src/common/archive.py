@@ -1,0 +1,377 @@
+"""The raw bytes of each mail beside the stream: stored under their SHA-256, verified when read, swept when nobody needs them.
+
+A mail `sha256:abcd…` is the file `ab/cd/abcd…` of the archive, the bytes as IMAP gave them: `sha256sum` proves it, any mail
+program opens it. No name comes from a mail. (zlib would save 60 % of letters and 24 % of large attachments, at 30 MB/s of
+intake; the retention bounds the space instead.) One archive belongs to one stream: the sweep of another would empty it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import fsspec  # type: ignore[import-untyped]
+
+from src.common.exceptions import ArchiveMissing, ArchiveUnavailable, ConfigurationError
+from src.common.keys import Keys
+from src.common.redis_client import RedisClient
+
+REFRESH_SECONDS = 86_400.0  # how old the sign that a mail is still needed may become
+PAGE = 100  # entries read at once while references are collected
+MARK = "archive"  # a file that says: this is an archive, not the empty folder of a mount that is missing
+ASIDE = "tmp"  # where files are written before they have their name
+
+_REF = re.compile(r"sha256:([0-9a-f]{64})")
+_REF_IN_RECORD = re.compile(r'"raw_ref":\s*"(sha256:[0-9a-f]{64})"')  # within a JSON text the quotes would be escaped
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Store(Protocol):
+    """Where files are kept. `path`: relative, with slashes; times in seconds since 1970. Each method may raise OSError."""
+
+    @property
+    def place(self) -> str:
+        """As a message names it; never with a password."""
+        ...
+
+    def begun(self) -> bool:
+        """Whether this place ever was an archive."""
+        ...
+
+    def write(self, path: str, data: bytes) -> None:
+        """Whole and durable when it returns, or not there at all."""
+        ...
+
+    def read(self, path: str) -> bytes | None: ...
+
+    def files(self) -> Iterator[tuple[str, float]]:
+        """(path, when it was written or refreshed) of all files but the mark."""
+        ...
+
+    def refresh(self, path: str, now: float) -> None: ...
+
+    def remove_older(self, path: str, moment: float) -> bool:
+        """Remove the file unless it was refreshed since `moment`; whether it is gone by this call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Raw mails in `store`. Safe to use from several threads and processes."""
+
+    store: Store
+
+    def put(self, raw: bytes) -> str:
+        """Keep a mail; its reference. Safe to repeat; whoever keeps it again renews its time.
+
+        A mail must be in the stream within a day and the retention, or it is swept. Raises ArchiveUnavailable.
+        """
+        raw_ref = ref_of(raw)
+        with self._reaching("kept"):
+            self.store.write(_path(raw_ref), raw)
+        return raw_ref
+
+    def get(self, raw_ref: str) -> bytes:
+        """The mail of a reference, verified.
+
+        Raises ArchiveMissing (swept, damaged, or no reference), ArchiveUnavailable (the archive itself cannot be had).
+        """
+        if not _REF.fullmatch(raw_ref):
+            raise ArchiveMissing(f"{raw_ref[:100]!r} is no reference to an archived mail")
+        with self._reaching("read"):
+            raw = self.store.read(_path(raw_ref))
+        if raw is None:
+            self.check()
+            raise ArchiveMissing(f"{raw_ref} is not in {self.store.place}: swept after RAW_RETENTION_DAYS, or removed by hand")
+        if ref_of(raw) != raw_ref:
+            raise ArchiveMissing(f"{raw_ref} in {self.store.place} is damaged: its bytes have another SHA-256")
+        return raw
+
+    def check(self) -> None:
+        """Raises ArchiveUnavailable where mail cannot be read from here, with what to do about it."""
+        with self._reaching("read"):
+            begun = self.store.begun()
+        if not begun:
+            raise ArchiveUnavailable(
+                f"{self.store.place} is no archive (yet): the first mail of the producer makes it one. "
+                "If mail was published already, mount it, or set RAW_ARCHIVE to a place that producer and workers share"
+            )
+
+    def sweep(self, referenced: Iterable[str], *, older_than: float, now: datetime) -> int:
+        """Remove what nobody referred to for `older_than` seconds (and a day at most); how many files.
+
+        `referenced`: see `references`. They are marked as needed at `now`, so a mail is kept for `older_than` after the last sweep
+        that saw it unfinished or dead, and one sweep that overlooks a mail does no harm. To be called daily or more often.
+        """
+        needed = {_path(raw_ref) for raw_ref in referenced}
+        moment = now.timestamp()
+        removed = 0
+        with self._reaching("swept"):
+            for path, refreshed in self.store.files():
+                if refreshed >= moment - REFRESH_SECONDS:
+                    continue
+                if path in needed:
+                    self.store.refresh(path, moment)
+                elif refreshed < moment - REFRESH_SECONDS - older_than:
+                    removed += self.store.remove_older(path, moment - REFRESH_SECONDS - older_than)
+        return removed
+
+    @contextmanager
+    def _reaching(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
+            if error.errno in _FULL:
+                raise ArchiveUnavailable(
+                    f"raw mail cannot be {what}: {self.store.place} is full ({reason}). "
+                    "Make room there or lower RAW_RETENTION_DAYS; nothing is lost meanwhile"
+                ) from error
+            raise ArchiveUnavailable(
+                f"raw mail cannot be {what}: {self.store.place} cannot be had ({reason}). "
+                "Mount it, mend its rights or its login, or change RAW_ARCHIVE; nothing is lost meanwhile"
+            ) from error
+
+
+def ref_of(raw: bytes) -> str:
+    """The reference of a mail: `sha256:<hex>`."""
+    return f"sha256:{hashlib.sha256(raw).hexdigest()}"
+
+
+def _path(raw_ref: str) -> str:
+    digest = raw_ref.removeprefix("sha256:")
+    return f"{digest[:2]}/{digest[2:4]}/{digest}"
+
+
+def references(redis: RedisClient, keys: Keys) -> set[str]:
+    """What all unfinished and dead mails refer to. A stream of 100,000 mails takes some seconds. Raises what RedisClient raises.
+
+    The stream, the dead letters, then what entered the stream meanwhile: so a letter that is replayed is not overlooked.
+    """
+    found: set[str] = set()
+    last = _collect(redis, keys.stream, "-", found)
+    _collect(redis, keys.dlq, "-", found)
+    _collect(redis, keys.stream, last, found)
+    return found
+
+
+def _collect(redis: RedisClient, stream: str, start: str, found: set[str]) -> str:
+    """Adds the references of the entries from `start` on; from where to go on later."""
+    while page := redis.entries(stream, start, count=PAGE):
+        for entry_id, fields in page:
+            found.update(_REF_IN_RECORD.findall(fields.get("record", "")))
+            start = f"({entry_id}"
+    return start
+
+
+def open_archive(url: str | None, data_dir: Path) -> Archive | None:
+    """The archive of RAW_ARCHIVE: `file:<folder>`, any fsspec URL, None for `<data_dir>/raw`; None for "off". Touches nothing.
+
+    Raises ConfigurationError where the package for such a URL is not installed.
+    """
+    if url == "off":
+        return None
+    if url is None:
+        return Archive(Folder(data_dir / "raw"))
+    if url.startswith("file:"):
+        return Archive(Folder(Path(url.removeprefix("file:").removeprefix("//"))))
+    for protocol in url.partition("://")[0].split("::"):
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except (ImportError, ValueError) as error:
+            raise ConfigurationError(f"RAW_ARCHIVE={protocol}://…: {error}") from None
+    return Archive(Bucket(url))
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of this machine, or one that is mounted: files 0600, folders 0700, written aside, fsynced, renamed.
+
+    The lock keeps a sweep from removing a file that is being kept anew at the same moment.
+    """
+
+    root: Path
+
+    @property
+    def place(self) -> str:
+        return str(self.root)
+
+    def begun(self) -> bool:
+        try:
+            (self.root / MARK).open().close()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def write(self, path: str, data: bytes) -> None:
+        target = self.root / path
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self.root, self.root / ASIDE, target.parent.parent, target.parent):
+            _make(folder)
+        handle, aside = tempfile.mkstemp(dir=self.root / ASIDE)
+        try:
+            with open(handle, "wb") as file:  # noqa: PTH123  # a handle, not a path
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            with self._lock(fcntl.LOCK_SH):
+                Path(aside).replace(target)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+        _sync(target.parent)
+
+    def read(self, path: str) -> bytes | None:
+        try:
+            return (self.root / path).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def files(self) -> Iterator[tuple[str, float]]:
+        for pattern in (f"{ASIDE}/*", "[0-9a-f][0-9a-f]/[0-9a-f][0-9a-f]/*"):
+            for file in self.root.glob(pattern):
+                if pattern.startswith(ASIDE) or _DIGEST.fullmatch(file.name):
+                    with suppress(FileNotFoundError):
+                        yield file.relative_to(self.root).as_posix(), file.stat().st_mtime
+
+    def refresh(self, path: str, now: float) -> None:
+        with suppress(FileNotFoundError):
+            os.utime(self.root / path, (now, now))
+
+    def remove_older(self, path: str, moment: float) -> bool:
+        file = self.root / path
+        with self._lock(fcntl.LOCK_EX), suppress(FileNotFoundError):
+            if file.stat().st_mtime < moment:
+                file.unlink()
+                return True
+        return False
+
+    @contextmanager
+    def _lock(self, kind: int) -> Iterator[None]:
+        handle = os.open(self.root / MARK, os.O_RDONLY | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, kind)
+            yield
+        finally:
+            os.close(handle)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        return
+    _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Anything fsspec reaches (s3://, gs://, abfs://, sftp://, …); how whole and durable a write is, is the backend's word.
+
+    There is no lock: a mail that is kept anew in the very moment in which a sweep removes it would be lost.
+    """
+
+    url: str
+
+    @cached_property
+    def _at(self) -> tuple[Any, str]:
+        """(file system, path of the archive in it); reached at the first use, so an archive that is away is waited for."""
+        system, root = fsspec.core.url_to_fs(self.url)
+        return system, root.rstrip("/")
+
+    @property
+    def place(self) -> str:
+        url = urlsplit(self.url.rpartition("::")[2])
+        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+
+    def begun(self) -> bool:
+        with _foreign():
+            system, root = self._at
+            system.invalidate_cache()
+            return bool(system.exists(f"{root}/{MARK}"))
+
+    def write(self, path: str, data: bytes) -> None:
+        with _foreign():
+            self._put(path, data)
+        if not self.begun():
+            with _foreign():
+                self._put(MARK, b"")
+
+    def _put(self, path: str, data: bytes) -> None:
+        system, root = self._at
+        target = f"{root}/{path}"
+        try:
+            system.pipe_file(target, data)
+        except FileNotFoundError:  # where folders exist they have to be made first; object stores have none
+            system.makedirs(target.rpartition("/")[0], exist_ok=True)
+            system.pipe_file(target, data)
+
+    def read(self, path: str) -> bytes | None:
+        try:
+            with _foreign():
+                system, root = self._at
+                return bytes(system.cat_file(f"{root}/{path}"))
+        except FileNotFoundError:
+            return None
+
+    def files(self) -> Iterator[tuple[str, float]]:
+        with _foreign():
+            system, root = self._at
+            system.invalidate_cache()
+            found = list(system.find(root))
+        for name in found:
+            path = name.removeprefix(f"{root}/")
+            if _DIGEST.fullmatch(path.rpartition("/")[2]):
+                with suppress(FileNotFoundError):
+                    yield path, self._modified(path)
+
+    def _modified(self, path: str) -> float:
+        with _foreign():
+            system, root = self._at
+            modified: datetime = system.modified(f"{root}/{path}")
+            return (modified if modified.tzinfo else modified.replace(tzinfo=UTC)).timestamp()
+
+    def refresh(self, path: str, now: float) -> None:
+        """Written anew: object stores cannot set a time."""
+        data = self.read(path)
+        if data is not None:
+            self.write(path, data)
+
+    def remove_older(self, path: str, moment: float) -> bool:
+        with suppress(FileNotFoundError):
+            if self._modified(path) < moment:
+                with _foreign():
+                    system, root = self._at
+                    system.rm_file(f"{root}/{path}")
+                return True
+        return False
+
+
+@contextmanager
+def _foreign() -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # each backend of fsspec has errors of its own, with no common root
+        raise OSError(None, f"{type(error).__name__}: {error}") from error
