@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
+from typing import Any
 
+from config.accounts import Account, load_accounts
 from config.settings import Settings, SettingsError, load_settings
 from src.common import logging_config
 from src.common.clock import SYSTEM
@@ -25,13 +29,22 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--username", metavar="U", action="append", help="account to read; may be repeated (default: the token file's)"
     )
-    parser.add_argument("--mailbox", metavar="M", action="append", help="folder to read; may be repeated (default: INBOX)")
+    parser.add_argument(
+        "--mailbox", metavar="M", action="append", help="folder or special use (\\All) to read; may be repeated (default: INBOX)"
+    )
     parser.add_argument("--batch-size", metavar="N", help="most mails in one publish (default: 100)")
     parser.add_argument("--poll-interval", metavar="S", help="seconds between two polls (default: 60)")
     parser.add_argument("--once", action="store_true", help="read what is there now, then end")
     parser.add_argument(
         "--dry-run", action="store_true", help="show what would be published; nothing is written, no server started"
     )
+    parser.add_argument(
+        "--resync-from",
+        metavar="DATE",
+        type=date.fromisoformat,
+        help="look again at all mail since DATE (2026-01-31), then go on",
+    )
+    parser.add_argument("--list-mailboxes", action="store_true", help="show the folders there are and those hidden, then end")
     parser.add_argument("--auth-setup", action="store_true", help="ask for Google's consent, store the token, then end")
     parser.add_argument("--no-browser", action="store_true", help="with --auth-setup: show the address, open no browser")
     parser.add_argument("--sandbox", action="store_true", help="read the sandbox's mailbox, starting the sandbox if none runs")
@@ -42,7 +55,10 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    given = arguments().parse_args()
+    parser = arguments()
+    given = parser.parse_args()
+    if given.resync_from and (given.dry_run or given.list_mailboxes or given.auth_setup):
+        parser.error("--resync-from goes with a read, or with --once")
     shutdown = Shutdown()
     flags = {
         FLAGS[name]: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items() if name in FLAGS
@@ -60,8 +76,9 @@ def main() -> int:
             from src.sandbox.attach import attached
 
             with attached(settings.run.data_dir) as overrides:
-                return act(load_settings({**flags, **overrides}), shutdown, given)
-        return act(settings, shutdown, given)
+                flags |= overrides
+                return act(load_settings(flags), flags, shutdown, given)
+        return act(settings, flags, shutdown, given)
     except (SettingsError, ConfigurationError) as error:
         print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201  # the one line a wrong setting gets
         return 2
@@ -70,26 +87,32 @@ def main() -> int:
         return shutdown.exit_code if shutdown.requested else 1
 
 
-def act(settings: Settings, shutdown: Shutdown, given: argparse.Namespace) -> int:
+def act(settings: Settings, flags: dict[str, Any], shutdown: Shutdown, given: argparse.Namespace) -> int:
+    accounts = load_accounts(settings.mail, flags)
     if given.auth_setup:
         from src.auth.consent import set_up
 
-        return set_up(settings, with_browser=not given.no_browser)
-    return run(settings, shutdown, once=given.once, dry=given.dry_run)
+        return set_up(settings.auth, accounts, with_browser=not given.no_browser)
+    return run(settings, accounts, shutdown, given)
 
 
-def run(settings: Settings, shutdown: Shutdown, *, once: bool, dry: bool) -> int:
+def run(settings: Settings, accounts: Sequence[Account], shutdown: Shutdown, given: argparse.Namespace) -> int:
     from src.common.embedded import open_redis  # after the settings: --help and a wrong setting answer at once
-    from src.producer.daemon import NoUsableToken, Producer, token_sources
-    from src.producer.offline import print_preview
+    from src.producer.daemon import NoUsableToken, Producer, accesses
+    from src.producer.offline import print_mailboxes, print_preview
 
     try:
-        if dry:
-            return print_preview(settings, SYSTEM, sys.stdout)
-        sources = token_sources(settings, SYSTEM)
+        if given.dry_run or given.list_mailboxes:
+            found = accesses(accounts, SYSTEM, keep=False)
+            return (
+                print_mailboxes(found, sys.stdout) if given.list_mailboxes else print_preview(settings, found, SYSTEM, sys.stdout)
+            )
+        found = accesses(accounts, SYSTEM)
         with open_redis(settings, shutdown) as redis:
-            producer = Producer(settings, sources, redis, shutdown, SYSTEM)
-            producer.run_once() if once else producer.run()
+            producer = Producer(settings, found, redis, shutdown, SYSTEM)
+            if given.resync_from:
+                producer.ask_for(given.resync_from)
+            producer.run_once() if given.once else producer.run()
     except NoUsableToken as error:
         print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201
         return 3

@@ -82,15 +82,44 @@ class StreamSettings(Section):
 
 class MailSettings(Section):
     usernames: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), alias="GMAIL_USERNAME", description="Accounts, separated by commas. Unset: the account of the token file."
+        (),
+        alias="GMAIL_USERNAME",
+        description="Accounts, separated by commas. Unset: the account of the token file, or all of ACCOUNTS_FILE.",
+    )
+    accounts_file: Path | None = Field(
+        None,
+        alias="ACCOUNTS_FILE",
+        description="TOML file of several accounts, each with folders, a way to log in and overrides of this section "
+        "(docs/OAUTH2_SETUP.md, section 4). GMAIL_USERNAME then chooses among them.",
     )
     mailboxes: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("INBOX",), alias="MAILBOXES", min_length=1, description="Folders, separated by commas."
+        ("INBOX",),
+        alias="MAILBOXES",
+        description=r"Folders, separated by commas: names, or special uses (\All, \Sent, \Junk, …), whose names are localised.",
+    )
+    auth_method: Literal["oauth2", "service_account", "password"] = Field(
+        "oauth2",
+        alias="AUTH_METHOD",
+        description="How to log in: a person's consent, a Workspace service account, or a password (app passwords, other servers).",
     )
     token_dir: Path = Field(
         Path("tokens"),
         alias="TOKEN_DIR",
         description="Folder of the token files: <account>.json, or gmail_token.json for a single account.",
+    )
+    token_file: Path | None = Field(
+        None, alias="TOKEN_FILE", description="Token file of a single account; it wins over TOKEN_DIR."
+    )
+    service_account_file: Path | None = Field(
+        None,
+        alias="SERVICE_ACCOUNT_FILE",
+        description="JSON key of a service account with domain-wide delegation, for AUTH_METHOD=service_account; one for all accounts.",
+    )
+    password: SecretStr | None = Field(
+        None, alias="IMAP_PASSWORD", description="Password of a single account, for AUTH_METHOD=password."
+    )
+    password_file: Path | None = Field(
+        None, alias="IMAP_PASSWORD_FILE", description="File with that password, mode 0600; it wins over IMAP_PASSWORD."
     )
     host: str = Field("imap.gmail.com", alias="IMAP_HOST", description="IMAP server.")
     port: int = Field(993, alias="IMAP_PORT", ge=1, le=65535, description="Its port.")
@@ -140,6 +169,11 @@ class MailSettings(Section):
         description="Seconds between two tries for a mail whose data the server does not give; three, then a stub.",
     )
 
+    @field_validator("accounts_file", "token_file", "service_account_file", "password_file", mode="before")
+    @classmethod
+    def _given(cls, value: object) -> object:
+        return value or None
+
     @field_validator("usernames", "mailboxes", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -150,6 +184,13 @@ class MailSettings(Section):
     def _printable(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if any(not name.isprintable() for name in names):
             raise ValueError("must be printable")
+        return names
+
+    @field_validator("mailboxes")
+    @classmethod
+    def _one_at_least(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError("must name at least one folder")
         return names
 
     @field_validator("initial_sync")
@@ -292,7 +333,7 @@ def load_settings(flags: Mapping[str, Any] | None = None, env_file: Path | None 
         try:
             built[section] = model(_env_file=env_file, **own)  # type: ignore[call-arg]  # an argument of every BaseSettings
         except ValidationError as error:
-            raise SettingsError(_one_line(model, error)) from None
+            raise SettingsError("=".join(first_fault(model, error))) from None
     settings = Settings(**built)
     if settings.redis.socket_timeout * 1000 <= settings.work.block_ms:
         raise SettingsError(
@@ -302,13 +343,14 @@ def load_settings(flags: Mapping[str, Any] | None = None, env_file: Path | None 
     return settings
 
 
-def _one_line(model: type[Section], error: ValidationError) -> str:
+def first_fault(model: type[Section], error: ValidationError) -> tuple[str, str] | tuple[str]:
+    """(variable, "value: rule"), secrets masked; (rule,) where it is about several variables."""
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     rule = first["msg"].removeprefix("Value error, ")
     if not name:
-        return rule
+        return (rule,)
     field = next((field for field in model.model_fields.values() if field.alias == name), None)
     secret = field is not None and "SecretStr" in str(field.annotation)
     value = "***" if secret else str(first["input"])
-    return f"{name}={value if value.isprintable() else repr(value)}: {rule[:1].lower()}{rule[1:]}"
+    return name, f"{value if value.isprintable() else repr(value)}: {rule[:1].lower()}{rule[1:]}"

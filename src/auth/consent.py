@@ -30,7 +30,8 @@ from google.auth import jwt
 from google_auth_oauthlib.flow import InstalledAppFlow  # type: ignore[import-untyped]
 from oauthlib.oauth2 import OAuth2Error  # type: ignore[import-untyped]
 
-from config.settings import AuthSettings, Settings
+from config.accounts import Account
+from config.settings import AuthSettings
 from src.auth.loopback import LOOPBACK, WayBack
 from src.auth.oauth2_gmail import SCOPE, SINGLE_TOKEN, TOKEN_URI, StoredToken, locked, read_token, write_token
 from src.common.clock import SYSTEM, Clock, iso
@@ -58,22 +59,23 @@ class Client:
     token_uri: str = TOKEN_URI
 
 
-def set_up(settings: Settings, *, with_browser: bool, token_file: Path | None = None) -> int:
-    """`--auth-setup`: a consent for each account of `settings`, or for whichever account the person takes.
+def set_up(settings: AuthSettings, accounts: Sequence[Account], *, with_browser: bool) -> int:
+    """`--auth-setup`: a consent for each account that logs in by one ("": for whichever account the person takes).
 
     Talks on stdout and stderr, reads pasted addresses from stdin. Exit code: 0, or 1 when a consent came to nothing.
     Raises ConfigurationError: a setting or a place is wrong (seen before anybody is asked), or Google does not know our client.
     """
-    client = client_of(settings.auth)
-    accounts: Sequence[str] = settings.mail.usernames or ("",)
-    if token_file and len(accounts) > 1:
-        raise ConfigurationError(f"--token-file is for one account, not for {', '.join(accounts)}")
+    consenting = [account for account in accounts if account.mail.auth_method == "oauth2"]
+    if not consenting:
+        raise ConfigurationError(f"AUTH_METHOD={accounts[0].mail.auth_method}: needs no consent")
+    client = client_of(settings)
+    alone = len(consenting) == 1 and not consenting[0].mail.accounts_file
     try:
-        for account in accounts:
-            path = token_file or file_for(settings.mail.token_dir, account, alone=len(accounts) == 1)
+        for username, mail in ((account.username, account.mail) for account in consenting):
+            path = mail.token_file or file_for(mail.token_dir, username, alone=alone)
             make_place(path)
             browse = webbrowser.open if with_browser else None
-            token = ask(client, account or account_in(path), settings.auth.port, sys.stdout, browse=browse, typed=_stdin())
+            token = ask(client, username or account_in(path), settings.port, sys.stdout, browse=browse, typed=_stdin())
             keep(path, token)
             sys.stdout.write(f"{token.account}: allowed; the token is in {path}\n")
     except (ConsentFailed, TokenEndpointUnavailable) as error:

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shlex
-import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,12 +24,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import requests
-from google.auth.exceptions import GoogleAuthError, RefreshError, TransportError
-from google.auth.transport.requests import Request
 from google.oauth2.credentials import Credentials
 
-from config.settings import SettingsError, load_settings
+from config.accounts import Account, load_accounts
+from config.settings import MailSettings, SettingsError, load_settings
+from src.auth.endpoint import Refused, renew
+from src.auth.secret_file import read_secret
 from src.common.clock import SYSTEM, Clock, iso
 from src.common.exceptions import ConfigurationError, IngestionError, ReauthRequired, TokenEndpointUnavailable
 
@@ -38,9 +37,7 @@ SCOPE = "https://mail.google.com/"
 TOKEN_URI = "https://oauth2.googleapis.com/token"  # noqa: S105 - an address
 SINGLE_TOKEN = "gmail_token.json"  # noqa: S105 - a file name, in TOKEN_DIR
 TESTING_DAYS = 7
-
-# The verdicts of RFC 6749 section 5.2 that no repetition changes. Everything else may pass.
-PERMANENT = ("invalid_grant", "invalid_client", "unauthorized_client")
+IDLE_DAYS = 180
 
 _log = logging.getLogger(__name__)
 
@@ -76,10 +73,17 @@ class TokenInfo:
     seconds_left: float
 
 
-def token_path(folder: Path, account: str) -> Path:
-    """Where the token of `account` stands in TOKEN_DIR: in its own file, else in the one of a single account."""
-    own = folder / f"{account}.json"
-    return own if own.exists() else folder / SINGLE_TOKEN
+def token_files(mail: MailSettings, account: str) -> tuple[Path, ...]:
+    """Where the token of `account` may stand, the first that exists counts: its own file, then that of a single account."""
+    if mail.token_file:
+        return (mail.token_file,)
+    single = mail.token_dir / SINGLE_TOKEN
+    return (mail.token_dir / f"{account}.json", single) if account else (single,)
+
+
+def first_existing(paths: Sequence[Path]) -> Path:
+    """The last one where none exists."""
+    return next((path for path in paths if path.exists()), paths[-1])
 
 
 def setup_command(account: str = "") -> str:
@@ -92,18 +96,7 @@ def read_token(path: Path, account: str = "") -> StoredToken:
 
     Raises ConfigurationError, in one line, when the file is missing, open to other users, or not a token file.
     """
-    try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if mode & 0o077:
-                raise ConfigurationError(
-                    f"the token file {path} is open to other users (mode {mode:04o}); run: chmod 600 {shlex.quote(str(path))}"
-                )
-            content = file.read()
-    except FileNotFoundError:
-        raise ConfigurationError(f"there is no token file {path}; run: {setup_command(account)}") from None
-    except OSError as error:
-        raise ConfigurationError(f"the token file {path} cannot be read: {error.strerror}") from error
+    content = read_secret(path, "the token file", f"there is no token file {path}; run: {setup_command(account)}")
     try:
         return _decode(json.loads(content))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -153,8 +146,9 @@ def locked(path: Path) -> Iterator[None]:
 class TokenSource:
     """Access tokens of one account out of one token file; for any number of threads and processes.
 
-    `timeout`: seconds a connect to or a read from the endpoint may take. `refresh_ahead`: seconds before its end at which
-    a token is replaced. `keep`: refreshed tokens are written back (a dry run writes nothing, not even a lock file). Raises
+    `instead`: the file that counts while there is no `path`. `timeout`: seconds a connect to or a read from the endpoint may
+    take. `refresh_ahead`: seconds before its end at which a token is replaced. `keep`: refreshed tokens are written back (a dry
+    run writes nothing, not even a lock file). Raises
     ConfigurationError from any method when the file is missing, unusable or another account's.
     """
 
@@ -163,12 +157,13 @@ class TokenSource:
         path: Path,
         account: str,
         *,
+        instead: Path | None = None,
         clock: Clock = SYSTEM,
         timeout: float = 20.0,
         refresh_ahead: float = 300.0,
         keep: bool = True,
     ) -> None:
-        self._path = path
+        self._paths = (path, instead) if instead else (path,)
         self._account = account
         self._clock = clock
         self._timeout = timeout
@@ -190,7 +185,7 @@ class TokenSource:
             if self._fresh(token, refuse):
                 return token.access_token
             try:
-                refreshed = _refresh(token, self._timeout, self._account)
+                refreshed = _refresh(token, self._timeout, self._account, self._clock.wall())
             except TokenEndpointUnavailable as error:
                 if not self._valid(token, refuse, timedelta(0)):
                     raise
@@ -198,6 +193,18 @@ class TokenSource:
                 return token.access_token
             self._save(refreshed)
             return refreshed.access_token
+
+    def stamp(self) -> object:
+        """Changes when a person has consented anew or mended the file; not when a token is refreshed, which others do too."""
+        try:
+            token = self._read()
+        except ConfigurationError as error:
+            return str(error)
+        return token.client_id, token.client_secret, token.refresh_token, token.obtained_at
+
+    @property
+    def _path(self) -> Path:
+        return first_existing(self._paths)
 
     def info(self) -> TokenInfo:
         """What may be shown of the token, without asking anybody."""
@@ -237,7 +244,7 @@ class TokenSource:
             self._unsaved = None
 
 
-def _refresh(token: StoredToken, timeout: float, account: str) -> StoredToken:
+def _refresh(token: StoredToken, timeout: float, account: str, now: datetime) -> StoredToken:
     """Ask the endpoint once. A 200 may carry a new refresh token, which then replaces the old one."""
     credentials: Any = Credentials(  # type: ignore[no-untyped-call]
         token=None,
@@ -247,57 +254,29 @@ def _refresh(token: StoredToken, timeout: float, account: str) -> StoredToken:
         client_secret=token.client_secret,
     )
     try:
-        with requests.Session() as session:
-            credentials.refresh(_one_try(session, timeout))
-    except RefreshError as error:
-        cause = _verdict(error)
-        if cause is None:
-            raise TokenEndpointUnavailable(f"{token.token_uri}: {_describe(error)}") from error
-        command = setup_command(account or token.account)
-        raise ReauthRequired(f"Google refuses the token of {account or token.account} ({cause}); run: {command}") from error
-    except (GoogleAuthError, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        # Beside its own errors google-auth lets TypeError and others out when a 200 is not what it expects.
-        raise TokenEndpointUnavailable(f"{token.token_uri}: {_describe(error)}") from error
-    if not isinstance(credentials.token, str) or not credentials.token or credentials.expiry is None:
-        raise TokenEndpointUnavailable(f"{token.token_uri}: the answer holds no token with an end")
-    return replace(
-        token,
-        access_token=credentials.token,
-        expiry=credentials.expiry.replace(tzinfo=UTC),
-        refresh_token=credentials.refresh_token,
-    )
+        access_token, expiry = renew(credentials, token.token_uri, timeout)
+    except Refused as error:
+        account = account or token.account
+        raise ReauthRequired(
+            f"Google refuses the token of {account} ({error}); likely: {likely_cause(token, error.error, now)}; "
+            f"run: {setup_command(account)}"
+        ) from error
+    return replace(token, access_token=access_token, expiry=expiry, refresh_token=credentials.refresh_token)
 
 
-def _one_try(session: requests.Session, timeout: float) -> Any:
-    """google-auth's transport with our time out. A 5xx, 408 or 429 ends the call, where google-auth would sleep and repeat."""
-    transport: Any = Request(session)
+def likely_cause(token: StoredToken, error: str, now: datetime) -> str:
+    """Why the endpoint gave the verdict `error` (RFC 6749 section 5.2), as far as the token's dates tell.
 
-    def ask(**arguments: Any) -> Any:
-        response = transport(**{**arguments, "timeout": timeout})
-        if response.status in (408, 429) or response.status >= 500:
-            raise TransportError(f"HTTP {response.status}")  # type: ignore[no-untyped-call]
-        return response
-
-    return ask
-
-
-def _verdict(error: RefreshError) -> str | None:
-    """The cause, when the endpoint itself said that this grant or client is no good; None for anything that may pass.
-
-    `error.retryable` says False of a 503 too. Of a Workspace that asks for a new log in (invalid_rapt) google-auth drops
-    the body and leaves a sentence.
+    (https://developers.google.com/identity/protocols/oauth2#expiration)
     """
-    body = error.args[-1] if error.args else None
-    if isinstance(body, dict) and body.get("error") in PERMANENT:
-        return _describe(error)
-    if isinstance(body, str) and body.startswith("Reauthentication is needed"):
-        return "invalid_grant: the Workspace asks for a new log in"
-    return None
-
-
-def _describe(error: Exception) -> str:
-    text = str(error.args[0]) if error.args else type(error).__name__
-    return "".join(character if character.isprintable() else " " for character in text)[:300]
+    if error != "invalid_grant":
+        return "the client was deleted in Google Cloud, or its secret is a new one"
+    if token.expiry and (now - token.expiry).days >= IDLE_DAYS:
+        return f"it was not used for {(now - token.expiry).days} days; after six months a consent ends"
+    age = _days_since(token.obtained_at, now)
+    if age is not None and TESTING_DAYS <= round(age, 1) <= TESTING_DAYS + 1:
+        return f"the app is in testing, where a consent ends after {TESTING_DAYS} days: publish it, then consent once more"
+    return "the account has a new password, or its owner or an administrator took the access back"
 
 
 def _expiry(token: StoredToken) -> datetime:
@@ -353,12 +332,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--token-file", type=Path, metavar="F", help="default: the account's in TOKEN_DIR")
     flags = parser.parse_args(arguments)
     try:
-        settings = load_settings({"GMAIL_USERNAME": flags.username})
-        path = flags.token_file or token_path(settings.mail.token_dir, flags.username or "")
+        given = {"GMAIL_USERNAME": flags.username, "TOKEN_FILE": flags.token_file}
+        settings = load_settings(given)
         if flags.setup:
             from src.auth.consent import set_up  # which stands on this module
 
-            return set_up(settings, with_browser=not flags.no_browser, token_file=flags.token_file)
+            return set_up(settings.auth, load_accounts(settings.mail, given), with_browser=not flags.no_browser)
+        path = flags.token_file or _file_of(load_accounts(settings.mail, given)[0])
         if flags.revoke:
             from src.auth.consent import revoke
 
@@ -373,6 +353,10 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 3 if isinstance(error, ReauthRequired) else 1
     return 0
+
+
+def _file_of(account: Account) -> Path:
+    return first_existing(token_files(account.mail, account.username))
 
 
 def _show(info: TokenInfo, now: datetime) -> str:
@@ -392,11 +376,15 @@ def _show(info: TokenInfo, now: datetime) -> str:
 
 
 def _age(obtained_at: str, now: datetime) -> str:
+    days = _days_since(obtained_at, now)
+    return "(not known)" if days is None else f"{obtained_at}, {int(days)} days ago"
+
+
+def _days_since(moment: str, now: datetime) -> float | None:
     try:
-        days = (now - datetime.fromisoformat(obtained_at)).days
+        return (now - datetime.fromisoformat(moment)) / timedelta(days=1)
     except (ValueError, TypeError):
-        return "(not known)"
-    return f"{obtained_at}, {days} days ago"
+        return None
 
 
 if __name__ == "__main__":

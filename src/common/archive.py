@@ -13,7 +13,8 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,6 +38,7 @@ _REF = re.compile(r"sha256:([0-9a-f]{64})")
 _REF_IN_RECORD = re.compile(r'"raw_ref":\s*"(sha256:[0-9a-f]{64})"')  # within a JSON text the quotes would be escaped
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRITERS = 8
 
 
 class Store(Protocol):
@@ -83,6 +85,13 @@ class Archive:
         with self._reaching("kept"):
             self.store.write(_path(raw_ref), raw)
         return raw_ref
+
+    def put_all(self, raws: Sequence[bytes]) -> list[str]:
+        """`put` for many mails, several at a time: a disk syncs eight files in little more time than one. Raises ArchiveUnavailable."""
+        if len(raws) < 2:
+            return [self.put(raw) for raw in raws]
+        with ThreadPoolExecutor(WRITERS) as pool:
+            return list(pool.map(self.put, raws))
 
     def get(self, raw_ref: str) -> bytes:
         """The mail of a reference, verified.

@@ -59,7 +59,9 @@ class WebhookSettings(HandlerSettings):
         (), description="Private addresses or networks that may be connected to, separated by commas; http:// goes to them alone."
     )
     connect_timeout: float = Field(5, gt=0, description="Seconds until one address is connected.")
-    timeout: float = Field(30, gt=0, description="Seconds until the answer is there, all in all; the look-up of the name comes on top.")
+    timeout: float = Field(
+        30, gt=0, description="Seconds until the answer is there, all in all; the look-up of the name comes on top."
+    )
     ca_file: Path | None = Field(None, description="Certificate authority of a receiver of your own (PEM).")
 
     @field_validator("allowed_hosts", "allowed_addresses", mode="before")
@@ -229,12 +231,12 @@ def refusal(address: str, allowed: Sequence[IPv4Network | IPv6Network], *, encry
 
 
 def carried(address: Address) -> IPv4Address | None:
-    """The IPv4 address that an IPv6 address stands for: mapped, 6to4, Teredo's client, NAT64."""
+    """The IPv4 address that an IPv6 address stands for: mapped, 6to4, NAT64."""
     if isinstance(address, IPv4Address):
         return None
     if address in NAT64:
         return IPv4Address(address.packed[-4:])
-    return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
+    return address.ipv4_mapped or address.sixtofour
 
 
 # --- the request -------------------------------------------------------------------------------------------------------
@@ -299,5 +301,34 @@ def lookup(host: str, port: int) -> Sequence[str]:
 def exchange(sock: socket.socket, head: h11.Request, body: bytes, left: Callable[[], float]) -> Answer:
     """One request, one answer. `left`: seconds that remain, raises TimeoutError when none do: also a trickling answer ends in time."""
     http = h11.Connection(our_role=h11.CLIENT)
-    data = http.send_with_data_passthrough if False else None
-    raise NotImplementedError
+    parts = [http.send(head), http.send(h11.Data(data=body)), http.send(h11.EndOfMessage())]
+    with suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it had read everything: 413
+        sock.settimeout(left())
+        sock.sendall(b"".join(part for part in parts if part))
+    event = next_event(http, sock, left)
+    while not isinstance(event, h11.Response):
+        event = next_event(http, sock, left)
+    asked = b" ".join(value for name, value in event.headers if name == b"retry-after")
+    refused = event.status_code >= 300
+    return Answer(event.status_code, asked.decode("latin-1"), excerpt(http, sock, left) if refused else "")
+
+
+def excerpt(http: h11.Connection, sock: socket.socket, left: Callable[[], float]) -> str:
+    """How the answer's text begins, printable; the answer stands, however its text ends."""
+    text = b""
+    with suppress(OSError, h11.RemoteProtocolError):
+        event = next_event(http, sock, left)
+        while isinstance(event, h11.Data) and len(text) < EXCERPT:
+            text += event.data
+            event = next_event(http, sock, left)
+    return "".join(char if char.isprintable() else " " for char in text[:EXCERPT].decode("utf-8", "replace")).strip()
+
+
+def next_event(http: h11.Connection, sock: socket.socket, left: Callable[[], float]) -> object:
+    """What comes next from the receiver. Raises OSError, h11.RemoteProtocolError."""
+    event = http.next_event()
+    while event is h11.NEED_DATA:
+        sock.settimeout(left())
+        http.receive_data(sock.recv(65_536))
+        event = http.next_event()
+    return event

@@ -1,4 +1,4 @@
-"""One read-only IMAP session on one mailbox: connect, XOAUTH2, EXAMINE, search, fetch, wait.
+"""One read-only IMAP session on one mailbox: connect, log in, EXAMINE, search, fetch, wait.
 
 The only importer of imapclient, and the one boundary where everything foreign (sockets, TLS, imaplib, the parser) becomes
 an error of ours. Nothing here marks, moves or deletes: EXAMINE and BODY.PEEK only (RFC 3501 6.3.2, 6.4.5). After any
@@ -17,7 +17,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from types import TracebackType
@@ -28,7 +28,15 @@ from imapclient.exceptions import LoginError  # type: ignore[import-untyped]
 from imapclient.imap_utf7 import decode as decode_utf7  # type: ignore[import-untyped]
 
 from src.common.clock import iso
-from src.common.exceptions import ConfigurationError, ImapThrottled, ImapUnavailable, IngestionError, LoginRefused, MailboxMissing
+from src.common.exceptions import (
+    ConfigurationError,
+    ImapThrottled,
+    ImapUnavailable,
+    IngestionError,
+    LoginRefused,
+    MailboxMissing,
+    ReauthRequired,
+)
 
 HEADER_BYTES = 65536
 CHUNK_BYTES = 65536
@@ -38,6 +46,10 @@ LOOK_SECONDS = 1.0  # how often a wait asks whether it should stop
 LOGOUT_SECONDS = 2.0
 LINE_BYTES = 64_000_000  # SEARCH answers in one line; imaplib's own limit of 1,000,000 ends at about 130,000 mails
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+# What Gmail shows under these attributes (RFC 6154, RFC 8457), unless the account's owner hides it from IMAP.
+GMAIL_USES = ("\\All", "\\Drafts", "\\Flagged", "\\Important", "\\Junk", "\\Sent", "\\Trash")
+SPECIAL_USES = (*GMAIL_USES, "\\Archive")
 
 # What sockets, imaplib and IMAPClient's parser let out on a broken or malformed answer (UnicodeDecodeError and
 # binascii.Error are ValueErrors, SSLError and time outs are OSErrors, nested brackets end in RecursionError).
@@ -58,10 +70,15 @@ _THROTTLED = re.compile(
     re.IGNORECASE,
 )
 
+# What Google's and others' servers say when a session's time is over, its token's most of all: no fault of anybody.
+_SESSION_OVER = re.compile(r"session expired|log ?in again|idle for too long|autologout", re.IGNORECASE)
+
+_IMAP_IS_OFF = re.compile(r"IMAP access is disabled|not enabled for IMAP", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A mailbox as EXAMINE showed it.
+    """A mailbox as EXAMINE showed it. `name`: the server's own, also where a special use was asked for.
 
     `uidnext`: the lowest UID the next mail may get, as far as this session knows (0: the server did not say).
     `exists`: number of messages. `gmail`: X-GM-EXT-1 is advertised.
@@ -94,12 +111,21 @@ class Meta:
     start: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A mailbox as LIST and STATUS showed it. `special_use`: "" for none. `messages`: None where the server does not tell (\\Noselect)."""
+
+    name: str
+    special_use: str
+    messages: int | None
+
+
 @dataclass(frozen=True)
 class ImapEndpoint:
     """Where to connect. `security`: "tls", or "none" for this machine only. `timeout`: seconds a connect or read may stall.
 
-    `ca_file`: a PEM file trusted beside the system's authorities. Raises ConfigurationError when a token would travel in
-    the clear.
+    `ca_file`: a PEM file trusted beside the system's authorities. `login`: what the secret of a session is, an access token
+    ("xoauth2") or a password. Raises ConfigurationError when it would travel in the clear.
     """
 
     host: str
@@ -107,6 +133,7 @@ class ImapEndpoint:
     security: str
     timeout: float
     ca_file: str | None
+    login: Literal["xoauth2", "password"] = "xoauth2"
 
     def __post_init__(self) -> None:
         if self.security not in ("tls", "none"):
@@ -129,6 +156,11 @@ def _unavailable(text: str) -> ImapUnavailable | ImapThrottled:
     return ImapUnavailable(text)
 
 
+def session_over(text: str) -> bool:
+    """True when a server ended the session because its time was over: the normal path, about once an hour at Gmail."""
+    return _SESSION_OVER.search(text) is not None
+
+
 def throttled(text: str) -> bool:
     """True when a server's text is 'not now' (limits, quotas, maintenance) and no verdict on the token or the mailbox."""
     return _THROTTLED.search(text) is not None
@@ -137,32 +169,26 @@ def throttled(text: str) -> bool:
 class ImapMailbox:
     """A context manager: entering connects, logs in and EXAMINEs; leaving logs out and never raises.
 
-    Every call raises ImapUnavailable once the session is broken. Entering also raises LoginRefused (AUTHENTICATE answered
-    NO; the text holds the bracketed code and the XOAUTH2 challenge), MailboxMissing, ConfigurationError (`ca_file`).
-    Not for use by several threads.
+    `mailbox`: a name, or a special use (`\\All`) under whatever name the server has it. `secret`: see `ImapEndpoint.login`.
+    Every call raises ImapUnavailable once the session is broken. Entering also raises LoginRefused (AUTHENTICATE or LOGIN
+    answered NO; the text holds the bracketed code and the XOAUTH2 challenge), ReauthRequired (IMAP is switched off for the
+    account), MailboxMissing, ConfigurationError (`ca_file`, no way to log in with a password). Not for use by several threads.
     """
 
     folder: Folder
 
-    def __init__(self, endpoint: ImapEndpoint, account: str, mailbox: str, access_token: str) -> None:
+    def __init__(self, endpoint: ImapEndpoint, account: str, mailbox: str, secret: str) -> None:
         self._endpoint = endpoint
         self._account = account
         self._mailbox = mailbox
-        self._access_token = access_token
+        self._secret = secret
         self._client: Any = None
 
     def __enter__(self) -> Self:
-        context = _tls_context(self._endpoint) if self._endpoint.security == "tls" else None
-        try:
-            self._client = _connect(self._endpoint, context)
-            _log_in(self._client, self._account, self._access_token)
+        with _translated(self._endpoint, self._cut):
+            self._client = _connect(self._endpoint)
+            _log_in(self._client, self._endpoint.login, self._account, self._secret)
             self.folder = _examine(self._client, self._mailbox)
-        except IngestionError:
-            self._cut()
-            raise
-        except FOREIGN as error:
-            self._cut()
-            raise _unavailable(f"{self._endpoint.host}:{self._endpoint.port}: {_describe(error)}") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -211,12 +237,6 @@ class ImapMailbox:
         answer = self._fetch([uid], [f"BODY.PEEK[]<0.{limit}>"]).get(uid, {})
         start = answer.get(b"BODY[]<0>")
         return start if isinstance(start, bytes) else b""
-
-    def folders(self) -> dict[str, tuple[str, ...]]:
-        """Every mailbox the account shows, by name, with its attributes (LIST; \\All, \\Noselect … of RFC 6154 and RFC 3501)."""
-        with self._speaking() as client:
-            rows = client.list_folders()
-        return {name: tuple(flag.decode("ascii", "replace") for flag in flags) for flags, _, name in rows}
 
     def refresh(self) -> Folder:
         """Ask for news (NOOP, one round trip) and return the folder with the number of messages it now has.
@@ -300,6 +320,50 @@ class ImapMailbox:
             self._client = None
 
 
+def list_mailboxes(endpoint: ImapEndpoint, account: str, secret: str) -> tuple[list[Listed], tuple[str, ...]]:
+    """(what the account shows over IMAP, the special uses that a Gmail has and this one hides from IMAP).
+
+    LIST, and a STATUS for each mailbox. Raises what entering an ImapMailbox raises.
+    """
+    with _translated(endpoint, lambda: None), closing(_connect(endpoint)) as client:
+        _log_in(client, endpoint.login, account, secret)
+        gmail = client.has_capability("X-GM-EXT-1")
+        listed = [_listed(client, flags, name) for flags, _, name in client.list_folders()]
+        client.logout()
+    shown = {mailbox.special_use for mailbox in listed}
+    return listed, tuple(use for use in GMAIL_USES if use not in shown) if gmail else ()
+
+
+def _listed(client: Any, flags: Sequence[bytes], name: str) -> Listed:
+    held = _attributes(flags)
+    use = next((use for use in SPECIAL_USES if use.casefold() in held), "")
+    if held & {"\\noselect", "\\nonexistent"}:
+        return Listed(name, use, None)
+    try:
+        return Listed(name, use, int(client.folder_status(name, ["MESSAGES"])[b"MESSAGES"]))
+    except imaplib.IMAP4.abort:
+        raise
+    except imaplib.IMAP4.error:
+        return Listed(name, use, None)
+
+
+def _attributes(flags: Sequence[bytes]) -> set[str]:
+    return {flag.decode("ascii", "replace").casefold() for flag in flags}
+
+
+@contextmanager
+def _translated(endpoint: ImapEndpoint, cut: Callable[[], None]) -> Iterator[None]:
+    """Foreign errors become ours; `cut` runs before any error leaves."""
+    try:
+        yield
+    except IngestionError:
+        cut()
+        raise
+    except FOREIGN as error:
+        cut()
+        raise _unavailable(f"{endpoint.host}:{endpoint.port}: {_describe(error)}") from error
+
+
 class _Connection(imaplib.IMAP4):
     """imaplib over a socket of ours, through its overridable methods, with a buffer that can be looked into.
 
@@ -378,6 +442,10 @@ class _Client(imapclient.IMAPClient):  # type: ignore[misc]
     def _create_IMAP4(self) -> _Connection:
         return _Connection(self.host, self.port, self.ssl_context, self._timeout.connect)
 
+    def close(self) -> None:
+        with suppress(*FOREIGN):
+            self.shutdown()
+
 
 def _tls_context(endpoint: ImapEndpoint) -> ssl.SSLContext:
     context = ssl.create_default_context()
@@ -389,34 +457,59 @@ def _tls_context(endpoint: ImapEndpoint) -> ssl.SSLContext:
     return context
 
 
-def _connect(endpoint: ImapEndpoint, context: ssl.SSLContext | None) -> Any:
+def _connect(endpoint: ImapEndpoint) -> Any:
+    context = _tls_context(endpoint) if endpoint.security == "tls" else None
     client = _Client(endpoint.host, endpoint.port, ssl=context is not None, ssl_context=context, timeout=endpoint.timeout)
     client.normalise_times = False
     client._imap.debug = 0  # IMAPClient sets 5: each literal would be formatted twice
     return client
 
 
-def _log_in(client: Any, account: str, access_token: str) -> None:
-    """AUTHENTICATE XOAUTH2. A refusal comes as a JSON challenge that wants an empty line before the tagged NO."""
-    response = xoauth2(account, access_token)
+def _log_in(client: Any, login: Literal["xoauth2", "password"], account: str, secret: str) -> None:
     challenges: list[bytes] = []
-    answers = iter([response])
+    try:
+        if login == "password":
+            _log_in_by_password(client, account, secret)
+        else:
+            _log_in_by_token(client, account, secret, challenges)
+    except LoginError as error:
+        text = _describe(error)
+        # IMAPClient calls a lost connection a LoginError too; what it caught stands in the context.
+        lost = isinstance(error.__context__, imaplib.IMAP4.abort)
+        for hidden in (secret, base64.b64encode(xoauth2(account, secret).encode()).decode()):
+            text = text.replace(hidden, "***")
+        if _IMAP_IS_OFF.search(text):
+            raise ReauthRequired(
+                f"IMAP is switched off for {account} ({text}): the Workspace's administrator, or in an older account its owner, "
+                "switches it on (docs/OAUTH2_SETUP.md, section 1, IMAP)"
+            ) from error
+        if lost or throttled(text):
+            raise _unavailable(text) from error
+        raise LoginRefused(" ".join([text, *map(_challenge_text, challenges)])) from error
+
+
+def _log_in_by_token(client: Any, account: str, access_token: str, challenges: list[bytes]) -> None:
+    """AUTHENTICATE XOAUTH2. A refusal comes as a JSON challenge that wants an empty line before the tagged NO."""
+    answers = iter([xoauth2(account, access_token)])
 
     def answer(challenge: bytes) -> str:
         if challenge:
             challenges.append(challenge)
         return next(answers, "")
 
-    try:
-        client.sasl_login("XOAUTH2", answer)
-    except LoginError as error:
-        text = _describe(error)
-        for secret in (access_token, base64.b64encode(response.encode()).decode()):
-            text = text.replace(secret, "***")
-        # IMAPClient calls a lost connection a LoginError too; what it caught stands in the context.
-        if isinstance(error.__context__, imaplib.IMAP4.abort) or throttled(text):
-            raise _unavailable(text) from error
-        raise LoginRefused(" ".join([text, *map(_challenge_text, challenges)])) from error
+    client.sasl_login("XOAUTH2", answer)
+
+
+def _log_in_by_password(client: Any, account: str, password: str) -> None:
+    """AUTHENTICATE PLAIN (RFC 4616) where it is offered, else LOGIN, which carries ASCII only (RFC 3501 6.2.3)."""
+    if client.has_capability("AUTH=PLAIN"):
+        client.plain_login(account, password)
+    elif client.has_capability("LOGINDISABLED"):
+        raise ConfigurationError("the server offers no log in with a password (LOGINDISABLED); AUTH_METHOD=oauth2?")
+    elif not (account + password).isascii():
+        raise ConfigurationError("the server offers LOGIN only, which cannot carry a password with other than ASCII characters")
+    else:
+        client.login(account, password)
 
 
 def _challenge_text(challenge: bytes) -> str:
@@ -432,8 +525,9 @@ def _challenge_text(challenge: bytes) -> str:
 
 def _examine(client: Any, mailbox: str) -> Folder:
     gmail = b"X-GM-EXT-1" in client.capabilities()  # asked here: EXAMINE drops the list that came with the login
+    name = _holding(client, mailbox) if mailbox.startswith("\\") else mailbox
     try:
-        answer = client.select_folder(mailbox, readonly=True)
+        answer = client.select_folder(name, readonly=True)
     except imaplib.IMAP4.error as error:
         text = _describe(error)
         if text.startswith("select failed: ") and not throttled(text):
@@ -441,7 +535,17 @@ def _examine(client: Any, mailbox: str) -> Folder:
         raise
     client._imap.response("EXISTS")
     client._imap.response("RECENT")
-    return Folder(mailbox, answer[b"UIDVALIDITY"], answer.get(b"UIDNEXT", 0), answer[b"EXISTS"], gmail)
+    return Folder(name, answer[b"UIDVALIDITY"], answer.get(b"UIDNEXT", 0), answer[b"EXISTS"], gmail)
+
+
+def _holding(client: Any, use: str) -> str:
+    """The name of the mailbox that has this special use (RFC 6154)."""
+    for flags, _, name in client.list_folders():
+        if use.casefold() in _attributes(flags):
+            return str(name)
+    raise MailboxMissing(
+        f"the server shows no mailbox for the special use {use}; is it hidden from IMAP? python producer.py --list-mailboxes"
+    )
 
 
 def _meta(uid: int, answer: dict[bytes, Any], gmail: bool) -> Meta | None:

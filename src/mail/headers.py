@@ -24,6 +24,7 @@ _ADDRESS_TOKEN = re.compile(
 _LOCAL_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"?|\(|[^"(]+', re.DOTALL)
 _COMMENT_TOKEN = re.compile(r"\\.|[()]|[^\\()]+|\\", re.DOTALL)
 _PARAMETER = re.compile(r';\s*([^\s=;"]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"?|([^;]*))', re.DOTALL)
+_MAY_HOLD_PARENTHESES: Final = ("filename", "name")  # where senders forget the quotes
 _SEGMENT = re.compile(r"([^*]+)(?:\*([0-9]{1,3}))?(\*)?")
 _MESSAGE_ID = re.compile(r"<[^<>\s]+>")
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
@@ -50,6 +51,10 @@ class Headers:
 
     def get_all(self, name: str) -> list[str]:
         return [_readable(value) for known, value in self.fields if known == name]
+
+    def only(self, name: str) -> Headers:
+        """A header of nothing but the fields of that name."""
+        return Headers([(known, value) for known, value in self.fields if known == name])
 
     def has(self, *names: str) -> bool:
         return any(known in names for known, _ in self.fields)
@@ -125,13 +130,15 @@ def addresses(value: str, most: int) -> tuple[Address, ...]:
             words.append(_Word(_ESCAPED.sub(r"\1", quoted), token[0]))
         elif bracketed is not None:
             angle = bracketed if angle is None else angle
-        elif text is not None:
-            words.append(_Word(text))
+        elif text is not None or (mark == ":" and in_address):  # a colon of a domain literal
+            text = text or ":"
             in_address = in_address or "@" in text
+            if words and not words[-1].quoted:
+                words[-1] = _Word(words[-1].text + text)
+            else:
+                words.append(_Word(text))
         elif mark == "(":
             comment, at = _comment(value, at)
-        elif mark == ":" and in_address:
-            words.append(_Word(mark))  # of a domain literal
         elif mark == ":" and angle is None:
             words, comment = [], ""  # the name of a group
         elif mark in ",;":
@@ -163,12 +170,16 @@ def _comment(value: str, at: int) -> tuple[str, int]:
 
 
 def _without_comments(value: str) -> str:
+    """A structured value without its comments; what looks like one inside of quotes stays."""
     pieces: list[str] = []
     at = 0
-    while (start := value.find("(", at)) >= 0:
-        pieces.append(value[at:start])
-        at = _comment(value, start + 1)[1]
-    return "".join([*pieces, value[at:]])
+    while (token := _LOCAL_TOKEN.match(value, at)) is not None:
+        at = token.end()
+        if token[0] == "(":
+            at = _comment(value, at)[1]
+        else:
+            pieces.append(token[0])
+    return "".join(pieces)
 
 
 def _mailbox(words: list[_Word], angle: str | None, comment: str) -> list[Address]:
@@ -177,31 +188,34 @@ def _mailbox(words: list[_Word], angle: str | None, comment: str) -> list[Addres
         name = decode_words("".join(word.text for word in words)) or decode_words(comment)
         return [Address(name, address)] if name or address else []
     atoms = _atoms(words)
-    address = next((atom.quoted or atom.text for atom in reversed(atoms) if "@" in atom.text), "")
-    name = decode_words(" ".join(atom.text for atom in atoms if (atom.quoted or atom.text) != address))
-    if not address:
+    with_at = [atom for atom in atoms if "@" in atom.text]
+    chosen = next((atom for atom in reversed(with_at) if not atom.quoted), with_at[-1] if with_at else None)
+    name = decode_words(" ".join(atom.text for atom in atoms if atom is not chosen))
+    if chosen is None:
         return [Address(name, "")] if name else []
-    return [Address(name or decode_words(comment), _bare_address(address))]
+    return [Address(name or decode_words(comment), _bare_address(chosen.text))]
 
 
 def _atoms(words: list[_Word]) -> list[_Word]:
-    """The words of a mailbox without brackets, split at white space but for that around "@" and before "." (RFC 5322 section 4.4)."""
+    """The words of a mailbox without brackets, split at white space that is not around "@" or a dot behind it (section 4.4)."""
     atoms: list[_Word] = []
     for word in words:
         for piece in [word] if word.quoted else map(_Word, word.text.split()):
-            before = atoms[-1] if atoms else _Word("")
-            if atoms and (piece.text[:1] in ("@", ".") or before.text[-1:] == "@" or before.text.endswith((" .", "@."))):
-                whole = (before.quoted or before.text) + (piece.quoted or piece.text)
-                atoms[-1] = _Word(whole)
+            before = atoms[-1].text if atoms else ""
+            in_domain = "@" in before and (before[-1] in "@." or piece.text.startswith("."))
+            if atoms and (in_domain or piece.text.startswith("@")):
+                atoms[-1] = _Word((atoms[-1].quoted or before) + piece.text)
             else:
                 atoms.append(piece)
     return atoms
 
 
 def _bare_address(text: str) -> str:
-    """An address without comments, white space outside quotes, and the route of old ("@a,@b:user@host")."""
-    if '"' in text or "(" in text:
-        address = _without_comments_and_blanks(text)
+    """An address without comments, without white space outside quotes, and without the route of old ("@a,@b:user@host")."""
+    if "(" in text or '"' in text:
+        text = _without_comments(text)
+        pieces = [token if token[0] == '"' else "".join(token.split()) for token in _LOCAL_TOKEN.findall(text)]
+        address = one_line("".join(pieces))
     else:
         address = "".join(one_line(text).split())
     if address.startswith("@") and ":" in address:
@@ -212,22 +226,25 @@ def _bare_address(text: str) -> str:
 def value_and_parameters(value: str) -> tuple[str, dict[str, str]]:
     """A Content-Type or Content-Disposition in two: its value in lower case; its parameters by name in lower case.
 
-    RFC 2231 (charset, %XX, numbered pieces) and the encoded words that senders use in its place are decoded.
+    RFC 2231 (charset, %XX, numbered pieces) is decoded; encoded words, which senders use in its place, are left as they are.
     """
-    head = value.partition(";")[0].strip().lower()
+    head = value.partition(";")[0].partition("(")[0].strip().lower()
     plain: dict[str, str] = {}
     pieces: dict[str, dict[int, tuple[str, bool]]] = {}
     for match in _PARAMETER.finditer(value):
-        text = _ESCAPED.sub(r"\1", match[2]) if match[2] is not None else match[3].strip()
         segment = _SEGMENT.fullmatch(match[1].lower())
         if segment is None:
             continue
         name, number, encoded = segment[1], segment[2], bool(segment[3])
+        if match[2] is not None:
+            text = _ESCAPED.sub(r"\1", match[2])
+        else:
+            text = (match[3] if name in _MAY_HOLD_PARENTHESES else match[3].partition(" (")[0]).strip()
         if number is None and not encoded:
-            plain.setdefault(name, decode_words(text))
+            plain.setdefault(name, text)
         else:
             pieces.setdefault(name, {}).setdefault(int(number or 0), (text, encoded))
-    return head, plain | {name: _joined(parts) for name, parts in pieces.items()}
+    return head, plain | {name: _joined(parts) for name, parts in pieces.items()} if pieces else plain
 
 
 def _joined(parts: dict[int, tuple[str, bool]]) -> str:
@@ -239,7 +256,7 @@ def _joined(parts: dict[int, tuple[str, bool]]) -> str:
         if encoded and position == 0 and text.count("'") >= 2:
             charset, _, text = text.split("'", 2)
         data += unquote_to_bytes(text.encode("utf-8", "replace")) if encoded else text.encode("utf-8", "replace")
-    return one_line(decode_charset(data, charset)[0])
+    return decode_charset(data, charset)[0]
 
 
 def message_ids(value: str) -> tuple[str, ...]:
@@ -248,9 +265,12 @@ def message_ids(value: str) -> tuple[str, ...]:
 
 
 def utc_date(value: str) -> str:
-    """A Date field as ISO 8601 in UTC; "" where it cannot be read or lies outside 1970 to 2100. No zone means UTC."""
+    """A Date field as ISO 8601 in UTC; "" where it cannot be read or lies outside 1900 to 2100. No zone means UTC."""
+    text = one_line(value[:200])
+    if "(" in text or " :" in text or ": " in text:
+        text = _AROUND_COLON.sub(":", one_line(_without_comments(text)))
     try:
-        parsed = parsedate_tz(one_line(value)[:100])
+        parsed = parsedate_tz(text[:100])
         if parsed is None:
             return ""
         year, month, day, hour, minute, second = parsed[:6]

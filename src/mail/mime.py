@@ -8,12 +8,13 @@ library's parser (compat32 policy); tests/unit/test_parse.py compares the two.
 from __future__ import annotations
 
 import binascii
+import codecs
 import re
 from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from src.mail.headers import Headers, value_and_parameters
+from src.mail.headers import Headers, decode_words, value_and_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,13 @@ class Limits:
 
 
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")
+_BLANK_LINES = re.compile(rb"[\r\n]{1,100}")
+_UU_BEGIN = re.compile(rb"^begin [0-7]{3,4} [^\r\n]*\r?\n", re.MULTILINE)
+_UU_END = re.compile(rb"^(?:end|`)[ \t]*\r?$", re.MULTILINE)
+_BLANKS_AT_LINE_END = re.compile(rb"[ \t]{1,998}(\r?\n)")
 _MEDIA_TYPE = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]{1,127}/[!#$%&'*+.^_`|~0-9a-z-]{1,127}")
 _LONGEST_BOUNDARY = 1000
+_ENCODING_NAME = re.compile("[;(].*|[\\s\"']", re.DOTALL)
 _NOT_BASE64 = bytes(byte for byte in range(256) if not re.match(rb"[A-Za-z0-9+/=]", bytes([byte])))
 
 
@@ -42,12 +48,16 @@ _NOT_BASE64 = bytes(byte for byte in range(256) if not re.match(rb"[A-Za-z0-9+/=
 class Part:
     """One leaf of the tree. `start` and `end` are offsets of its content, still transfer-encoded, in the mail.
 
-    `alternative` numbers the outermost multipart/alternative around it, or is 0.
+    `alternative` numbers the outermost multipart/alternative around it, or is 0; `branch` numbers that one's child in which it
+    stands. `inside` is the type of the multipart right around it, or ""; `first`: it is that one's first part.
     """
 
     headers: Headers
     default_type: str = "text/plain"
     alternative: int = 0
+    branch: int = 0
+    inside: str = ""
+    first: bool = True
     start: int = 0
     end: int = 0
 
@@ -75,16 +85,17 @@ class Part:
     def disposition(self) -> str:
         return self._disposition[0]
 
-    @property
+    @cached_property
     def file_name(self) -> str:
-        return self._disposition[1].get("filename") or self.parameters.get("name", "")
+        """Decoded, also the encoded words of senders that do not know RFC 2231; still whatever the sender likes."""
+        return decode_words(self._disposition[1].get("filename") or self.parameters.get("name", ""))
 
     @property
     def boundary(self) -> bytes:
         """Of a multipart; b"" for any other part and where there is none that could be found."""
         if not self.content_type.startswith("multipart/"):
             return b""
-        boundary = self.parameters.get("boundary", "").encode("utf-8", "replace")
+        boundary = self.parameters.get("boundary", "").rstrip().encode("utf-8", "replace")
         return boundary if len(boundary) <= _LONGEST_BOUNDARY else b""
 
 
@@ -107,7 +118,7 @@ def read_message(raw: bytes, limits: Limits) -> Message:
     """Finds the parts of a mail. Never raises."""
     reader = _HeaderReader(raw, limits)
     root = Part(Headers())
-    root.headers, root.start = reader.read(0, ())
+    root.headers, root.start = reader.read(_first_field(raw), ())
     root.end = len(raw)
     message = Message(root, defects=reader.defects)
     stack: list[_Multipart] = []
@@ -121,7 +132,7 @@ def read_message(raw: bytes, limits: Limits) -> Message:
             return part
         if not part.boundary:
             message.defects.append("multipart without a boundary")
-            return Part(Headers(), start=part.start)
+            return Part(part.headers.only("content-transfer-encoding"), start=part.start)
         if len(stack) >= limits.depth:
             message.defects.append(f"nested deeper than {limits.depth}")
             return part
@@ -162,19 +173,29 @@ def read_message(raw: bytes, limits: Limits) -> Message:
             leaf.end = max(leaf.start, end)
             message.leaves.append(leaf)
             leaf = None
+        empty = not stack[level].children
         leave(level if closing else level + 1, end)
         line = end_of_line
         if closing:
+            if empty and line < len(raw):
+                leaf = Part(Headers(), start=line)  # what stands behind it is all that there is to read
             continue
         parts += 1
         if parts > limits.parts or reader.left <= 0:
             message.defects.append(f"more than {limits.parts} parts" if reader.left > 0 else "too much header")
             stack.clear()
             break
-        inside = stack[-1].part
-        stack[-1].children += 1
-        default_type = "message/rfc822" if inside.content_type == "multipart/digest" else "text/plain"
-        part = Part(Headers(), default_type, inside.alternative)
+        around = stack[-1]
+        kind = around.part.content_type
+        around.children += 1
+        part = Part(
+            Headers(),
+            "message/rfc822" if kind == "multipart/digest" else "text/plain",
+            alternative=around.part.alternative,
+            branch=around.children if kind == "multipart/alternative" and not around.part.branch else around.part.branch,
+            inside=kind,
+            first=around.children == 1,
+        )
         part.headers, part.start = reader.read(line, levels)
         leaf = enter(part)
         line = part.start
@@ -185,6 +206,13 @@ def read_message(raw: bytes, limits: Limits) -> Message:
         message.defects.append("the last delimiter of a multipart is missing")
         leave(0, len(raw))
     return message
+
+
+def _first_field(raw: bytes) -> int:
+    """Where the header begins: behind a byte order mark, and behind empty lines that a field follows."""
+    at = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
+    blanks = _BLANK_LINES.match(raw, at)
+    return blanks.end() if blanks and _FIELD.match(raw, blanks.end()) else at
 
 
 def _next_dashes(raw: bytes, line: int) -> int:
@@ -238,7 +266,7 @@ class _HeaderReader:
             after = _after_line(raw, line)
             if after - start > self.left:
                 self.defects.append(f"more than {limits.total_header} bytes of header")
-                line = _skip_header(raw, line) if start == 0 else line
+                line = line if boundaries else _skip_header(raw, line)
                 self._keep(headers, name, first, min(last, start + self.left))
                 self.left = 0
                 return headers, line
@@ -285,13 +313,23 @@ def _skip_header(raw: bytes, at: int) -> int:
 def content(raw: bytes, part: Part, most: int | None = None) -> tuple[bytes, str]:
     """(decoded content, defect or "") of a part. `most`: decode only about that many of its encoded bytes."""
     end = part.end if most is None else min(part.end, part.start + most)
-    encoding = part.headers.get("content-transfer-encoding").partition(";")[0].strip().lower()
+    encoding = _ENCODING_NAME.sub("", part.headers.get("content-transfer-encoding")).lower()
+    if encoding in ("", "7bit", "8bit", "binary"):
+        return raw[part.start : end], ""
     if encoding == "base64":
         return _base64(raw, part.start, end, cut=end < part.end)
     if encoding == "quoted-printable":
-        return binascii.a2b_qp(memoryview(raw)[part.start : end]), ""
-    known = encoding in ("", "7bit", "8bit", "binary")
-    return raw[part.start : end], "" if known else "unknown transfer encoding, content left as it is"
+        return _quoted_printable(raw[part.start : end]), ""
+    if encoding in ("x-uuencode", "uuencode", "x-uue", "uue"):
+        return _uuencode(raw[part.start : end], cut=end < part.end)
+    return raw[part.start : end], "unknown transfer encoding, content left as it is"
+
+
+def _quoted_printable(data: bytes) -> bytes:
+    """RFC 2045 section 6.7: white space at the end of a line was added on the way and is dropped."""
+    if b" \n" in data or b"\t\n" in data or b" \r" in data or b"\t\r" in data:
+        data = _BLANKS_AT_LINE_END.sub(rb"\1", data)
+    return binascii.a2b_qp(data)
 
 
 def _base64(raw: bytes, start: int, end: int, *, cut: bool) -> tuple[bytes, str]:
@@ -307,3 +345,21 @@ def _base64(raw: bytes, start: int, end: int, *, cut: bool) -> tuple[bytes, str]
         if cut or len(decoded) == letters * 3 // 4:
             return decoded, ""
     return decoded or raw[start:end], "" if cut else "broken base64"
+
+
+def _uuencode(data: bytes, *, cut: bool) -> tuple[bytes, str]:
+    """The file between "begin" and "end"; the data as it is where there is none."""
+    begin = _UU_BEGIN.search(data)
+    if begin is None:
+        return data, "broken uuencode"
+    end = _UU_END.search(data, begin.end())
+    pieces: list[bytes] = []
+    defect = "" if end or cut else "broken uuencode"
+    for line in data[begin.end() : end.start() if end else len(data)].split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            pieces.append(binascii.a2b_uu(line.rstrip(b"\r") + b"\n"))
+        except binascii.Error:
+            defect = defect or "broken uuencode"
+    return b"".join(pieces), "" if cut else defect

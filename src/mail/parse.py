@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Final
 
 from src.mail.headers import Headers, addresses, decode_words, message_ids, smuggles, utc_date, value_and_parameters
 from src.mail.mime import Limits, Message, Part, content, read_message
 from src.mail.record import Address, Attachment, Envelope, Record
-from src.mail.text import clean_text, cut_utf8, decode_charset, html_to_text, one_line, preview
+from src.mail.text import clean_text, cut_utf8, decode_charset, enriched_to_text, html_to_text, one_line, preview, unflow
 
 __all__ = ["Limits", "parse", "stub"]
 
@@ -19,6 +20,12 @@ _MOST_ID = 998  # characters: RFC 5322's longest line
 _MOST_DEFECTS = 30
 _DANGEROUS_IN_NAMES = re.compile('[\u200e\u200f\u202a-\u202e\u2066-\u2069<>:"|?*]')
 _SENDER = re.compile(r".+@[^@]+")
+_BODY_TYPES: Final = {"text/plain": 0, "text/html": 1, "text/enriched": 2, "text/richtext": 3}
+"""Rank of a type among the versions of one text."""
+_ENRICHED: Final = frozenset({"text/enriched", "text/richtext"})
+_FILES_OF_TEXT: Final = frozenset({"text/calendar", "text/vcard", "text/x-vcard", "text/directory", "text/csv"})
+_MARKUP = 16  # encoded bytes that are read for each byte of text that the record may hold, at most
+_ENCODED = 8  # the same for what is no HTML
 _DAEMONS = ("mailer-daemon", "postmaster")
 
 
@@ -150,52 +157,88 @@ def _precedence(headers: Headers) -> str:
 # --- body --------------------------------------------------------------------------------------------------------------
 
 
-def _bodies_and_files(message: Message) -> tuple[list[Part], list[Part]]:
-    """The parts that a reader sees as the text, one for each multipart/alternative, and those that are attachments."""
-    shown: dict[int, Part] = {}
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """A part that a reader may see as text. Of one `place` in the mail only one `version` is seen: the first that is not blank."""
+
+    place: int
+    version: int
+    part: Part
+
+
+def _bodies_and_files(message: Message) -> tuple[list[_Body], list[Part]]:
+    """The texts, place by place and the best version first, and the attachments: RFC 8621 section 4.1.4, but for what it shows twice.
+
+    A multipart/alternative is one place; a version of it is what one of its branches holds of one type.
+    """
+    places: dict[int, dict[tuple[str, int], list[Part]]] = {}
     files: list[Part] = []
     for number, part in enumerate(message.leaves):
         if _is_attachment(part, alone=part is message.root):
             files.append(part)
-            continue
-        place = part.alternative or -number
-        if place not in shown or (shown[place].content_type, part.content_type) == ("text/html", "text/plain"):
-            shown[place] = part
-    return list(shown.values()), files
+        else:
+            versions = places.setdefault(part.alternative or -number, {})
+            versions.setdefault((part.content_type, part.branch), []).append(part)
+    return [
+        _Body(place, version, part)
+        for place, versions in places.items()
+        for version, key in enumerate(sorted(versions, key=lambda key: _BODY_TYPES.get(key[0], 0)))
+        for part in versions[key]
+    ], files
 
 
 def _is_attachment(part: Part, *, alone: bool) -> bool:
-    return (
-        part.content_type not in ("text/plain", "text/html")
-        or part.disposition == "attachment"
-        or (bool(part.file_name) and not alone)
-    )
+    if part.disposition == "attachment":
+        return True
+    if part.content_type not in _BODY_TYPES:
+        unknown_text = part.content_type.startswith("text/") and part.content_type not in _FILES_OF_TEXT
+        return not (alone and unknown_text) or bool(part.file_name)
+    if part.first or part.inside == "multipart/alternative":
+        return False
+    return bool(part.file_name) or part.inside == "multipart/related"
 
 
-def _text(raw: bytes, bodies: list[Part], limits: Limits, defects: list[str]) -> tuple[str, bool]:
+def _text(raw: bytes, bodies: list[_Body], limits: Limits, defects: list[str]) -> tuple[str, bool]:
     """(text of the mail within its limit, whether there was more)."""
     pieces: list[str] = []
+    seen: dict[int, int] = {}
     room = limits.body_text
-    for part in bodies:
-        piece, more = _part_text(raw, part, limits, defects)
+    unread = limits.body_text * _MARKUP
+    for body in bodies:
+        if seen.get(body.place, body.version) != body.version:
+            continue
+        part = body.part
+        most = min(unread, limits.body_text * (_MARKUP if part.content_type == "text/html" else _ENCODED))
+        piece = _part_text(raw, part, most, defects)
         kept = cut_utf8(piece, room)
         if kept:
             pieces.append(kept)
-        if more or len(kept) < len(piece):
+        if part.end - part.start > most or len(kept) < len(piece):
             return "\n\n".join(pieces), True
+        if not piece.isspace() and piece:
+            seen[body.place] = body.version
         room = max(0, room - len(kept.encode()) - 2)
+        unread -= part.end - part.start
     return "\n\n".join(pieces), False
 
 
-def _part_text(raw: bytes, part: Part, limits: Limits, defects: list[str]) -> tuple[str, bool]:
-    """(text of one part, whether only its beginning was read): no more is decoded than can end up in the record."""
-    markup = part.content_type == "text/html"
-    most = limits.body_text * (16 if markup else 8)
+def _part_text(raw: bytes, part: Part, most: int, defects: list[str]) -> str:
+    """The text of one part, of at most `most` of its encoded bytes: no more is decoded than can end up in the record."""
     data, defect = content(raw, part, most)
     whole = part.end - part.start <= most
     text, charset_defect = decode_charset(data, part.parameters.get("charset", ""), whole=whole)
-    defects.extend(note for note in (defect, charset_defect) if note)
-    return (html_to_text(text) if markup else clean_text(text.removeprefix("\ufeff")).strip("\n")), not whole
+    markup_defect = ""
+    if part.content_type == "text/html":
+        text, markup_defect = html_to_text(text)
+    elif part.content_type in _ENRICHED:
+        text = enriched_to_text(text)
+    else:
+        text = clean_text(text.removeprefix("\ufeff"))
+        if part.parameters.get("format", "").lower() == "flowed":
+            text = unflow(text, delete_space=part.parameters.get("delsp", "").lower() == "yes")
+        text = text.strip("\n")
+    defects.extend(note for note in (defect, charset_defect, markup_defect) if note)
+    return text
 
 
 def _attachment(raw: bytes, part: Part, truncated: bool, defects: list[str]) -> Attachment:

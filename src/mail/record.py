@@ -335,18 +335,21 @@ class Email:
         return self._fetch_raw(self.raw_ref)
 
     @cached_property
-    def _parts(self) -> list[Part]:
+    def _leaves(self) -> tuple[bytes, list[Part]]:
+        """The raw mail as `parse` reads it, and its leaves."""
         from src.mail.mime import Limits, read_message
 
-        return read_message(self._raw, Limits()).leaves
+        raw = self._raw if b"\n" in self._raw else self._raw.replace(b"\r", b"\n")
+        return raw, read_message(raw, Limits()).leaves
 
     def _content(self, number: int) -> bytes:
         """The decoded content of attachment `number` (from 0): it is the leaf with its hash, of those from `number` on."""
         from src.mail.mime import content
 
         wanted = self.record.attachments[number]
-        for part in self._parts[number:]:
-            data, _ = content(self._raw, part)
+        raw, leaves = self._leaves
+        for part in leaves[number:]:
+            data, _ = content(raw, part)
             if len(data) == wanted.size and hashlib.sha256(data).hexdigest() == wanted.sha256:
                 return data
         raise ArchiveMissing(f"the raw mail has no part that is attachment {number} of its record")

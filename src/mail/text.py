@@ -48,10 +48,12 @@ CODECS: Final[dict[str, str]] = {
     "windows_874": "cp874",
 }
 
-_BLOCKS: Final = frozenset(
-    "address article aside blockquote br dd div dl dt figure footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre "
-    "section table tr ul".split()
-)
+_BREAKS: Final = {
+    **dict.fromkeys(("blockquote", "dl", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "ol", "p", "pre", "ul"), 2),
+    **dict.fromkeys(("address", "article", "aside", "dd", "div", "dt", "figure", "footer", "form", "header", "li", "main"), 1),
+    **dict.fromkeys(("body", "fieldset", "nav", "option", "section", "table", "tr"), 1),
+}
+"""Line ends around an element: 2 where a reader sees an empty line."""
 _CELLS: Final = frozenset({"td", "th"})
 _UNSEEN: Final = frozenset({"script", "style", "title", "template"})
 _DEEPEST: Final = 500
@@ -99,23 +101,25 @@ def decode_charset(data: bytes, charset: str, *, whole: bool = True) -> tuple[st
     claimed = CODECS.get(_NOT_IN_CODEC_NAMES.sub("_", charset.strip(" \t'\"").lower()), "")
     unknown = f"unknown charset {one_line(charset)[:40]}" if charset and not claimed else ""
     mismatch = unknown or f"the text is not in the charset it claims ({one_line(charset)[:40] or 'none'})"
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not claimed.startswith(("utf_16", "utf_32")):
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and claimed != "utf_32":
         claimed = "utf_16"
+    elif claimed == "utf_16":
+        claimed = "utf_16_le" if data[::2].count(0) < data[1::2].count(0) else "utf_16_be"  # without a mark: RFC 2781 section 4.3
     accepts_everything = claimed.startswith(("cp12", "iso8859", "koi8", "latin", "mac_"))
     for codec in ("utf_8", claimed) if accepts_everything or not claimed else (claimed, "utf_8"):
         text = _decoded(data, codec, whole) if codec else None
         if text is not None:
             as_claimed = codec == claimed or data.isascii() or not charset
             return text, unknown if as_claimed else mismatch
-    mostly = codecs.getincrementaldecoder(claimed or "utf_8")("replace").decode(data, whole)
+    mostly = _decoded(data, claimed or "utf_8", whole, "replace") or ""
     if mostly.count("\ufffd") * 2 < len(mostly) - len(mostly.encode("ascii", "ignore")):
         return mostly, mismatch
     return _decoded(data, "cp1252", whole) or data.decode("latin-1"), mismatch
 
 
-def _decoded(data: bytes, codec: str, whole: bool) -> str | None:
+def _decoded(data: bytes, codec: str, whole: bool, errors: str = "strict") -> str | None:
     try:
-        return codecs.getincrementaldecoder(codec)("strict").decode(data, whole)
+        return codecs.getincrementaldecoder(codec)(errors).decode(data, whole)
     except UnicodeError:
         return None
 
@@ -142,35 +146,40 @@ class _Reader:
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
-        self._depth = self._unseen = self._verbatim = 0
+        self._depth = self._unseen = self._verbatim = self._breaks = 0
 
     def start(self, tag: str, _attributes: object) -> None:
         self._depth += 1
         if self._depth > _DEEPEST:
             raise _TooDeep
+        if tag == "br":
+            self._breaks += 1
+        elif tag in _CELLS:
+            self.pieces.append(" ")
+        elif tag in _BREAKS:
+            self._breaks = max(self._breaks, _BREAKS[tag])
         self._unseen += tag in _UNSEEN
         self._verbatim += tag == "pre"
-        self._separate(tag)
 
     def end(self, tag: str) -> None:
         self._depth -= 1
+        if tag in _BREAKS:
+            self._breaks = max(self._breaks, _BREAKS[tag])
         self._unseen -= tag in _UNSEEN
         self._verbatim -= tag == "pre"
-        if tag != "br":
-            self._separate(tag)
 
     def data(self, text: str) -> None:
-        if not self._unseen:
-            self.pieces.append(text if self._verbatim else text.replace("\n", " ").replace("\r", " "))
+        if self._unseen:
+            return
+        if self._breaks:
+            if text.isspace():
+                return
+            self.pieces.append("\n" * min(self._breaks, 2))
+            self._breaks = 0
+        self.pieces.append(text if self._verbatim else text.replace("\n", " ").replace("\r", " "))
 
     def close(self) -> None:
         """lxml calls it at the end."""
-
-    def _separate(self, tag: str) -> None:
-        if tag in _BLOCKS:
-            self.pieces.append("\n")
-        elif tag in _CELLS:
-            self.pieces.append(" ")
 
 
 def enriched_to_text(markup: str) -> str:

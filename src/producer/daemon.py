@@ -6,11 +6,16 @@ import logging
 import secrets
 import threading
 import uuid
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from typing import Literal
 
-from config.settings import Settings
-from src.auth.oauth2_gmail import TokenSource, read_token
+from config.accounts import Account
+from config.settings import MailSettings, Settings
+from src.auth.credentials import Credentials, credentials_of
+from src.auth.oauth2_gmail import first_existing, read_token, token_files
 from src.common.clock import Clock
 from src.common.exceptions import ConfigurationError, ReauthRequired, TokenEndpointUnavailable, Transient
 from src.common.health import Beats, liveness
@@ -25,81 +30,99 @@ from src.producer.state_manager import Held, MarkerFile, StateManager
 log = logging.getLogger(__name__)
 
 FIRST_PORT = 8080
-SINGLE_TOKEN = "gmail_token.json"  # noqa: S105  # a file name
+GMAIL_HOSTS = ("imap.gmail.com", "imap.googlemail.com")
 
 
 class NoUsableToken(Exception):
     """No mailbox can be read; the text holds the command that mends it (exit code 3)."""
 
 
-def token_sources(settings: Settings, clock: Clock, *, keep: bool = True) -> dict[str, TokenSource]:
-    """Account → its tokens: `TOKEN_DIR/<account>.json`, or `gmail_token.json` there for one account. `keep`: refreshed
-    tokens are written back (a dry run writes nothing).
+@dataclass(frozen=True)
+class Access:
+    """An account and how it logs in."""
 
-    Raises NoUsableToken if not one account has a token that can be used.
+    account: Account
+    credentials: Credentials
+
+
+def accesses(accounts: Sequence[Account], clock: Clock, *, keep: bool = True) -> list[Access]:
+    """How each account logs in. `keep`: refreshed tokens are written back (a dry run writes nothing).
+
+    Raises NoUsableToken if not one account has something to log in with.
     """
-    folder = settings.mail.token_dir
-    accounts = settings.mail.usernames
+    try:
+        named = [account if account.username else _of_token_file(account) for account in accounts]
+    except ConfigurationError as error:
+        raise NoUsableToken(str(error)) from None
+    found = [Access(account, credentials_of(account, clock, keep=keep)) for account in named]
     problems = []
-    if not accounts:
+    for access in found:
         try:
-            accounts = (read_token(folder / SINGLE_TOKEN).account,)
-        except ConfigurationError as error:
-            problems.append(str(error))
-    sources = {}
-    usable = 0
-    for account in accounts:
-        own = folder / f"{account}.json"
-        sources[account] = TokenSource(own if own.exists() else folder / SINGLE_TOKEN, account, clock=clock, keep=keep)
-        try:
-            sources[account].access_token()
-            usable += 1
+            access.credentials.access_token()
+            return found
         except TokenEndpointUnavailable as error:
-            usable += 1
-            log.warning("%s: %s", account, error)
+            log.warning("%s: %s", access.account.username, error)
+            return found
         except (ConfigurationError, ReauthRequired) as error:
             problems.append(str(error))
-    if not usable:
-        raise NoUsableToken("; ".join(problems))
-    return sources
+    raise NoUsableToken("; ".join(problems))
 
 
-def imap_endpoint(settings: Settings) -> ImapEndpoint:
-    mail = settings.mail
-    return ImapEndpoint(mail.host, mail.port, mail.security, mail.timeout, str(mail.ca_file) if mail.ca_file else None)
+def _of_token_file(account: Account) -> Account:
+    return replace(account, username=read_token(first_existing(token_files(account.mail, ""))).account)
+
+
+def imap_endpoint(mail: MailSettings) -> ImapEndpoint:
+    login: Literal["xoauth2", "password"] = "password" if mail.auth_method == "password" else "xoauth2"
+    ca_file = str(mail.ca_file) if mail.ca_file else None
+    return ImapEndpoint(mail.host, mail.port, mail.security, mail.timeout, ca_file, login)
 
 
 class Producer:
-    """`sources`: see `token_sources`. Once it runs each mailbox keeps its troubles to itself."""
+    """`accesses`: see above. Once it runs each mailbox keeps its troubles to itself."""
 
     def __init__(
-        self, settings: Settings, sources: Mapping[str, TokenSource], redis: RedisClient, shutdown: Shutdown, clock: Clock
+        self, settings: Settings, accesses: Sequence[Access], redis: RedisClient, shutdown: Shutdown, clock: Clock
     ) -> None:
         self.settings = settings
         self.shutdown = shutdown
         self.clock = clock
         self.beats = Beats(clock)
         self.stopped = threading.Event()
-        server, keys = imap_endpoint(settings), Keys(settings.stream.name)
+        self._asked_for = ""
+        keys = Keys(settings.stream.name)
 
-        def mailbox(account: str, name: str, tokens: TokenSource) -> Mailbox:
+        def mailbox(access: Access, name: str) -> Mailbox:
+            account, mail = access.account.username, access.account.mail
+            server = imap_endpoint(mail)
             return Mailbox(
-                settings=settings,
+                settings=replace(settings, mail=mail),
                 account=account,
                 name=name,
                 states=StateManager(redis, keys, account, name, uuid.uuid4().hex),
-                marker_file=MarkerFile(Path(settings.run.data_dir), account, name),
-                tokens=tokens,
-                connect=lambda token: ImapMailbox(server, account, name, token),
+                marker_file=MarkerFile(settings.run.data_dir, account, name),
+                tokens=access.credentials,
+                connect=lambda secret: ImapMailbox(server, account, name, secret),
                 clock=clock,
                 new_id=lambda: secrets.token_hex(8),
                 shutdown=shutdown,
                 beats=self.beats,
             )
 
-        self.mailboxes = [
-            mailbox(account, name, tokens) for account, tokens in sources.items() for name in settings.mail.mailboxes
-        ]
+        self.mailboxes = [mailbox(access, name) for access in accesses for name in access.account.mail.mailboxes]
+        for access in accesses:
+            if access.account.mail.auth_method == "password" and access.account.mail.host in GMAIL_HOSTS:
+                log.warning(
+                    "%s: Gmail takes app passwords only, for accounts with 2-step verification, and ends them with a new password; "
+                    "AUTH_METHOD=oauth2 is the better way",
+                    access.account.username,
+                )
+
+    def ask_for(self, day: date) -> None:
+        """All mail since `day` is looked at again, by whoever reads the mailbox."""
+        for mailbox in self.mailboxes:
+            mailbox.pulse.ask_redis(partial(mailbox.states.request_resync, day.isoformat()))
+        self._asked_for = day.isoformat()
 
     def run(self) -> None:
         """Read until the shutdown is requested, then end in order."""
@@ -127,7 +150,8 @@ class Producer:
         refused = []
         for mailbox in self.mailboxes:
             try:
-                mailbox.run_once()
+                if not (self._asked_for and self._is_read_by_another(mailbox)):
+                    mailbox.run_once()
             except ReauthRequired as error:
                 log.error("%s: %s", mailbox.title, error)
                 refused.append(str(error))
@@ -138,9 +162,15 @@ class Producer:
         if len(refused) == len(self.mailboxes):
             raise NoUsableToken("; ".join(refused))
 
+    def _is_read_by_another(self, mailbox: Mailbox) -> bool:
+        held = isinstance(mailbox.pulse.ask_redis(lambda: mailbox.states.acquire(mailbox.settings.mail.lease)), Held)
+        if held:
+            log.info("%s: another producer reads it, and looks again at all mail since %s", mailbox.title, self._asked_for)
+        return held
+
     def _keep_leases(self) -> None:
         """Renew the leases of all mailboxes, however long their fetches take; let go of a thread that stands still."""
-        every = self.settings.mail.lease / 3
+        every = min(mailbox.settings.mail.lease for mailbox in self.mailboxes) / 3
         while not self.stopped.wait(every):
             self.beats.turn("leases", limit=60 + every + self.settings.redis.socket_timeout)
             loops, now = self.beats.seen(), self.clock.monotonic()
@@ -151,7 +181,7 @@ class Producer:
 
     def _renew(self, mailbox: Mailbox) -> None:
         try:
-            answer = mailbox.states.acquire(self.settings.mail.lease)
+            answer = mailbox.states.acquire(mailbox.settings.mail.lease)
             if isinstance(answer, Held):
                 log.warning("%s: the lease is lost to another producer", mailbox.title)
             else:

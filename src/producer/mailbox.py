@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from config.settings import Settings
+from src.common.archive import Archive
 from src.common.clock import Clock
 from src.common.exceptions import (
     ConfigurationError,
     ImapIncomplete,
     ImapThrottled,
     ImapUnavailable,
+    IngestionError,
     LoginRefused,
     MailboxMissing,
     ReauthRequired,
@@ -24,6 +26,7 @@ from src.common.exceptions import (
 from src.common.health import Beats
 from src.common.retry import retry_on_imap_error, retry_on_oauth_error
 from src.common.shutdown import Shutdown
+from src.imap.imap_client import session_over
 from src.producer.plan import State
 from src.producer.progress import Progress
 from src.producer.pulse import Pulse
@@ -32,19 +35,28 @@ from src.producer.state_manager import Held, MarkerFile, StateManager
 
 log = logging.getLogger(__name__)
 
+REAUTH_SECONDS = 3600.0  # what was refused is tried again so much later, unless its file changes
+MISCONFIGURED_SECONDS = 60.0
+LOOK_SECONDS = 2.0  # between two looks at that file
+BACKOFF_CAP = 300.0  # longest wait between two sessions that break off
+SHORT_SECONDS = 60.0  # a session that broke off sooner counts as one that breaks off again and again
+
 SESSION_SECONDS = 1800.0  # a new session sees a new UIDVALIDITY; Gmail ends one after an hour anyway
 
 
 class Tokens(Protocol):
-    """What is needed of `src.auth.oauth2_gmail.TokenSource`."""
+    """What is needed of `src.auth.credentials.Credentials`."""
 
     def access_token(self, *, refuse: str | None = None) -> str: ...
+
+    def stamp(self) -> object: ...
 
 
 @dataclass
 class Mailbox:
-    """`connect`: access token → a session, not yet entered. `new_id`: a fresh random id. `status`: what /status says of it.
-    `owns`: we hold its lease, as far as we know: it is to be renewed."""
+    """`connect`: access token or password → a session, not yet entered. `new_id`: a fresh random id. `status` and `why`: what
+    /status says of it. `owns`: we hold its lease, as far as we know: it is to be renewed. `broken`: sessions that broke off
+    soon, one after the other."""
 
     settings: Settings
     account: str
@@ -57,8 +69,12 @@ class Mailbox:
     new_id: Callable[[], str]
     shutdown: Shutdown
     beats: Beats
+    archive: Archive | None = None
     status: str = "STARTING"
+    why: str = ""
     owns: bool = False
+    broken: int = 0
+    entered: float = 0.0
 
     def __post_init__(self) -> None:
         self.title = f"{self.account}/{self.name}"
@@ -73,6 +89,7 @@ class Mailbox:
             self.new_id,
             self.pulse,
             Progress(self.title, self.clock),
+            self.archive,
         )
 
     # own it
@@ -80,6 +97,7 @@ class Mailbox:
     def run(self) -> None:
         """Until the shutdown. What is transient is waited for; a dead token holds this mailbox only."""
         while not self.shutdown.requested:
+            stamp = self.tokens.stamp()
             try:
                 state = self._own()
                 if not self.shutdown.requested:
@@ -87,19 +105,20 @@ class Mailbox:
             except NotOurs as error:
                 log.info("%s: %s", self.title, error)
             except (ReauthRequired, MailboxMissing, ConfigurationError) as error:
-                self._disabled(error)
+                self._disabled(error, stamp)
             except ImapIncomplete as error:
                 log.warning("%s: %s; asking again", self.title, error)
                 self.pulse.pause(self.settings.mail.incomplete_wait)
             except ImapThrottled as error:
                 self._rest(error)
+            except ImapUnavailable as error:
+                self._broke_off(error)
             except (Transient, ScriptRefused) as error:
                 log.warning("%s: %s; trying again", self.title, error)
                 self.pulse.pause(1.0)
         self.status = "STOPPED"
         self.beats.ended(self.title)
-        with suppress(Transient):  # then a standby waits for the lease to end
-            self.states.let_go()
+        self._let_go()
 
     def run_once(self) -> None:
         """Read what is there now and return; what is transient is waited for. Raises what only a person can mend."""
@@ -111,9 +130,10 @@ class Mailbox:
             except ImapIncomplete as error:
                 log.warning("%s: %s; asking again", self.title, error)
                 self.pulse.pause(self.settings.mail.incomplete_wait)
+            except ImapThrottled as error:
+                self._rest(error)
             except ImapUnavailable as error:
-                log.warning("%s: %s; trying again", self.title, error)
-                self.pulse.pause(1.0)
+                self._broke_off(error)
         return None
 
     def _own(self) -> State | None:
@@ -137,13 +157,35 @@ class Mailbox:
             if self.pulse.pause(min(answer.seconds + 0.1, 5.0)):
                 return None
 
-    def _disabled(self, error: Exception) -> None:
-        """No token, a dead one, no such folder: this mailbox waits for a person, the others go on."""
-        status = "REAUTH_REQUIRED" if isinstance(error, ReauthRequired) else "MISCONFIGURED"
-        if self.status != status:
+    def _disabled(self, error: Exception, stamp: object) -> None:
+        """No token, a dead one, no such folder: this mailbox waits for a person, the others go on.
+
+        It is let go of meanwhile. `stamp`: of the credentials before the attempt that failed.
+        """
+        refused = isinstance(error, ReauthRequired)
+        status, seconds = ("REAUTH_REQUIRED", REAUTH_SECONDS) if refused else ("MISCONFIGURED", MISCONFIGURED_SECONDS)
+        if refused or self.why != str(error):
             log.error("%s: %s: %s", self.title, status, error)
-        self.status = status
-        self.pulse.pause(10.0)
+        self.status, self.why = status, str(error)
+        self._let_go()
+        again = self.clock.monotonic() + seconds
+        while self.tokens.stamp() == stamp and self.clock.monotonic() < again:
+            if self.pulse.pause(LOOK_SECONDS):
+                return
+
+    def _let_go(self) -> None:
+        self.owns = False
+        with suppress(IngestionError):  # then a standby waits for the lease to end
+            self.states.let_go()
+
+    def _broke_off(self, error: ImapUnavailable) -> None:
+        """Servers end sessions about once an hour: no news. What breaks off again and again gets longer and longer pauses."""
+        if self.clock.monotonic() - self.entered > SHORT_SECONDS:
+            self.broken = 0
+        normal = session_over(str(error)) and not self.broken
+        log.log(logging.DEBUG if normal else logging.INFO, "%s: %s; connecting again", self.title, error)
+        self.pulse.pause(min(2.0**self.broken, BACKOFF_CAP))
+        self.broken = min(self.broken + 1, 16)
 
     def _rest(self, error: ImapThrottled) -> None:
         mail = self.settings.mail
@@ -151,7 +193,7 @@ class Mailbox:
             error.kind
         ]
         log.warning("%s: %s; resting for %.0f s", self.title, error, seconds)
-        self.status = error.kind
+        self.status, self.why = error.kind, str(error)
         self.pulse.pause(seconds)
 
     # a session
@@ -159,13 +201,14 @@ class Mailbox:
     def _in_session(self, state: State | None, *, forever: bool) -> None:
         with self._open() as session:
             self.pulse.turn()
+            self.entered = self.clock.monotonic()
             state = self.reader.begin(session, state)
             self.reader.settle_absent(session)
             ends = self.clock.monotonic() + SESSION_SECONDS
             while not self.shutdown.requested:
                 state = self.reader.poll(session, state)
                 self.reader.look_back(session, state)
-                self.status = "CONNECTED"
+                self._well()
                 if not forever:
                     return
                 if self.clock.monotonic() > ends:
@@ -173,14 +216,23 @@ class Mailbox:
                 self.pulse.turn(self.settings.mail.poll_interval)
                 session.wait(self.settings.mail.poll_interval, lambda: self.shutdown.requested or bool(self.reader.resync))
 
+    def _well(self) -> None:
+        if self.why:
+            log.info("%s: it is read again", self.title)
+        self.status, self.why, self.broken = "CONNECTED", "", 0
+
     def _open(self) -> AbstractContextManager[Session]:
-        """A session that is logged in. A refused login forces one refresh of the token."""
-        token = self._token()
+        """A session that is logged in. A refused login forces one refresh of the token; a password has none."""
+        secret = self._secret()
         try:
-            return self._entered(token)
+            return self._entered(secret)
         except LoginRefused as error:
-            log.info("%s: login refused (%s): refreshing the token", self.title, error)
-            fresh = self._token(refuse=token)
+            refusal = error
+            log.info("%s: login refused (%s)", self.title, refusal)
+        try:
+            fresh = self._secret(refuse=secret)
+        except ReauthRequired as verdict:
+            raise ReauthRequired(f"{verdict}; the IMAP server said: {refusal}") from refusal
         try:
             return self._entered(fresh)
         except LoginRefused as error:
@@ -189,18 +241,18 @@ class Mailbox:
                 f"Consent again: python producer.py --auth-setup --username {self.account}"
             ) from error
 
-    def _entered(self, token: str) -> AbstractContextManager[Session]:
+    def _entered(self, secret: str) -> AbstractContextManager[Session]:
         """Connects within the retry, so that leaving the `with` of the caller is all that is left to do."""
 
         @retry_on_imap_error(self.shutdown)
         def enter() -> _Entered:
             self.pulse.turn()
-            manager = self.connect(token)
+            manager = self.connect(secret)
             return _Entered(manager, manager.__enter__())
 
         return enter()
 
-    def _token(self, refuse: str | None = None) -> str:
+    def _secret(self, refuse: str | None = None) -> str:
         @retry_on_oauth_error(self.shutdown)
         def ask() -> str:
             self.pulse.turn()

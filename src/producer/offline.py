@@ -1,10 +1,10 @@
-"""What the producer prints instead of running: the record of message files, and the preview of a dry run."""
+"""What the producer prints instead of running: the record of message files, the preview of a dry run, the mailboxes there are."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -13,10 +13,10 @@ from src.common.clock import Clock
 from src.common.embedded import existing_redis
 from src.common.exceptions import ConfigurationError
 from src.common.keys import Keys
-from src.imap.imap_client import ImapMailbox
+from src.imap.imap_client import ImapMailbox, list_mailboxes
 from src.mail.parse import parse
 from src.mail.record import Envelope, record_to_json
-from src.producer.daemon import imap_endpoint, token_sources
+from src.producer.daemon import Access, imap_endpoint
 from src.producer.dry_run import Preview, preview
 from src.producer.state_manager import MarkerFile, StateManager
 
@@ -33,18 +33,39 @@ def print_records(files: Sequence[Path], out: TextIO) -> int:
     return 0
 
 
-def print_preview(settings: Settings, clock: Clock, out: TextIO) -> int:
+def print_preview(settings: Settings, accesses: Sequence[Access], clock: Clock, out: TextIO) -> int:
     """What would be published: a table on a terminal, else JSON lines. Writes nothing anywhere."""
-    redis, server, keys = existing_redis(settings), imap_endpoint(settings), Keys(settings.stream.name)
+    redis, keys = existing_redis(settings), Keys(settings.stream.name)
     if redis is None:
         out.write("# no Redis answers: every mail counts as new\n" if out.isatty() else "")
-    for account, tokens in token_sources(settings, clock, keep=False).items():
-        for name in settings.mail.mailboxes:
+    for access in accesses:
+        account, mail = access.account.username, access.account.mail
+        for name in mail.mailboxes:
             states = StateManager(redis, keys, account, name, "dry-run") if redis else None
-            session = ImapMailbox(server, account, name, tokens.access_token())
+            session = ImapMailbox(imap_endpoint(mail), account, name, access.credentials.access_token())
             marker_file = MarkerFile(settings.run.data_dir, account, name)
-            seen = preview(settings, account, name, states, marker_file, session, clock)
+            seen = preview(replace(settings, mail=mail), account, name, states, marker_file, session, clock)
             _write(out, f"{account}/{name}", seen)
+    return 0
+
+
+def print_mailboxes(accesses: Sequence[Access], out: TextIO) -> int:
+    """What each account shows over IMAP, and what it hides: a table on a terminal, else JSON lines."""
+    for access in accesses:
+        account, mail = access.account.username, access.account.mail
+        listed, hidden = list_mailboxes(imap_endpoint(mail), account, access.credentials.access_token())
+        if not out.isatty():
+            for mailbox in listed:
+                out.write(json.dumps({"account": account, **asdict(mailbox)}, ensure_ascii=False) + "\n")
+            for use in hidden:
+                out.write(json.dumps({"account": account, "special_use": use, "hidden": True}) + "\n")
+            continue
+        out.write(f"{account}\n  {'messages':>8}  {'special use':<11}  name\n")
+        for mailbox in listed:
+            messages = "-" if mailbox.messages is None else mailbox.messages
+            out.write(f"  {messages:>8}  {mailbox.special_use:<11}  {mailbox.name}\n")
+        if hidden:
+            out.write(f"  hidden from IMAP: {', '.join(hidden)}; Gmail, Settings, Labels, Show in IMAP switches them on\n")
     return 0
 
 

@@ -10,10 +10,11 @@ from functools import partial
 from typing import Literal, Protocol
 
 from config.settings import Settings
+from src.common.archive import Archive
 from src.common.batch import split
 from src.common.clock import Clock, iso
 from src.common.correlation import correlated
-from src.common.exceptions import ImapIncomplete
+from src.common.exceptions import ArchiveUnavailable, ImapIncomplete
 from src.imap.imap_client import Folder, Meta
 from src.mail.parse import parse, stub
 from src.mail.record import Envelope, gmail_email_id, hashed_email_id, header_email_id, in_mailbox_scope, to_fields
@@ -32,6 +33,8 @@ TRIES = 3  # for a mail whose data the server does not give
 LAST = 10  # mails at the end of a folder that tell its newest INTERNALDATE
 LATE, LATE_SPAN = 1_000, 5_000  # how many mails are looked at again, within how many UIDs
 AHEAD_SECONDS = 5.0  # between two looks for new mail while old mail is read
+ARCHIVE_SECONDS = 5.0  # between two tries of an archive that is full or away
+FULL_SECONDS = 3600.0  # a batch that waits longer is read anew: its raw mail must not be swept meanwhile
 MARKER_SECONDS = 10.0  # how far the marker may lag behind where nothing is at stake
 
 
@@ -73,6 +76,7 @@ class Reader:
     new_id: Callable[[], str]
     pulse: Pulse
     progress: Progress
+    archive: Archive | None = None
     paused: bool = False
     published: int = 0
     known: int = 0
@@ -301,15 +305,38 @@ class Reader:
         self._spent = (self.clock.wall().date(), self._spend(sum(map(len, bodies.values()))))
         had = set(bodies) | {meta.uid for meta, _ in wanted if meta.uid not in whole}
         ready, withheld = plan.prefix([meta.uid for meta, _ in wanted], had)
+        kept = [uid for uid in ready if uid in bodies]
+        raw_refs = dict(zip(kept, self._archived([bodies[uid] for uid in kept]), strict=True))
         mails = []
         for meta, identity in wanted[: len(ready)]:
             self.pulse.turn()
             raw = bodies.get(meta.uid)
             head = session.head(meta.uid, STUB_BYTES) if raw is None else b""
-            mails.append(self._mail(session.folder, meta, identity, raw, head))
+            mails.append(self._mail(session.folder, meta, identity, raw, head, raw_refs.get(meta.uid, "")))
         return mails, withheld
 
-    def _mail(self, folder: Folder, meta: Meta, identity: Identity, raw: bytes | None, head: bytes) -> Mail:
+    def _archived(self, raws: Sequence[bytes]) -> list[str]:
+        """The references of raw mails, kept before anything is published; waits while the archive is full or away."""
+        if self.archive is None:
+            return [""] * len(raws)
+        said = False
+        while True:
+            self.pulse.turn()
+            try:
+                raw_refs = self.archive.put_all(raws)
+            except ArchiveUnavailable as error:
+                if not said:
+                    said = self.paused = True
+                    log.error("%s: intake waits: %s", self.pulse.title, error)
+                if self.pulse.pause(ARCHIVE_SECONDS):
+                    raise NotOurs("stopped while the archive could not be had") from None
+            else:
+                if said:
+                    self.paused = False
+                    log.info("%s: the archive is there again", self.pulse.title)
+                return raw_refs
+
+    def _mail(self, folder: Folder, meta: Meta, identity: Identity, raw: bytes | None, head: bytes, raw_ref: str) -> Mail:
         correlation_id = self.new_id()
         envelope = Envelope(
             account=self.account,
@@ -323,6 +350,7 @@ class Reader:
             ingested_at=iso(self.clock.wall()),
             gm_thrid=meta.gm_thrid,
             gm_labels=meta.gm_labels,
+            raw_ref=raw_ref,
         )
         with correlated(correlation_id):
             if raw is not None:
@@ -347,6 +375,7 @@ class Reader:
         limit = self.settings.stream.maxlen
         most_live = max(1, limit // 10) if old else limit  # so that new mail is never behind old
         batch, said = self.new_id(), False
+        waits_until = self.clock.monotonic() + FULL_SECONDS
         while True:
             self.pulse.turn()
             answer = self.pulse.ask_redis(
@@ -374,6 +403,8 @@ class Reader:
             self.paused = True
             if self.pulse.pause(1.0):
                 raise NotOurs("stopped while the stream was full")
+            if self.clock.monotonic() > waits_until:
+                raise NotOurs("the stream was full for long: reading the batch anew, so that its raw mail is kept anew")
             if old and session is not None and expected is not None:
                 self._look_ahead(session, expected)
 

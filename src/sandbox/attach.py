@@ -74,6 +74,9 @@ def _running(state_file: Path) -> dict[str, Any] | None:
 def _overrides(state: dict[str, Any]) -> dict[str, Any]:
     return {
         "GMAIL_USERNAME": (state["account"],),
+        "ACCOUNTS_FILE": "",
+        "AUTH_METHOD": "oauth2",
+        "TOKEN_FILE": "",
         "TOKEN_DIR": Path(state["token_file"]).parent,
         "GMAIL_CLIENT_SECRETS_FILE": Path(state["client_secrets"]),
         "IMAP_HOST": "127.0.0.1",

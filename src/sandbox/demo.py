@@ -267,11 +267,13 @@ class Demo:
     def check_processes(self) -> None:
         for name, process in self.processes.items():
             if process.poll() is not None:
-                raise Stuck(f"{name} ended with exit code {process.returncode}: {self.last_line(name)}")
+                raise Stuck(f"{name} ended with exit code {process.returncode}: {self.last_words(name)}")
 
-    def last_line(self, name: str) -> str:
+    def last_words(self, name: str) -> str:
+        """Its last error, else its last line."""
         lines = (self.folder / f"{name}.log").read_text(errors="replace").splitlines()
-        return lines[-1] if lines else "it wrote nothing"
+        errors = [line for line in lines if '"level": "ERROR"' in line]
+        return (errors or lines or ["it wrote nothing"])[-1]
 
     # what it sees
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 from src.common.redis_client import RedisClient
-from src.common.scripts import Script, load
 from src.imap.imap_client import ImapEndpoint, ImapMailbox
 from src.mail.record import gmail_email_id
 from src.sandbox.server import Sandbox

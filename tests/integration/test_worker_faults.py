@@ -54,10 +54,10 @@ def test_worker_killed_with_mail_in_flight(pipeline: Pipeline) -> None:
 def test_frozen_worker_is_not_believed(pipeline: Pipeline) -> None:
     """A worker is frozen with mail at work, another takes it over; thawed, the first finishes first, and its result is refused."""
     [held] = published(pipeline, "hold gate")
-    with pipeline.worker() as zombie:
+    with pipeline.worker(LEASE_SECONDS="600") as zombie:
         pipeline.wait_for_begun([held])
         zombie.freeze()
-        with pipeline.worker() as heir:
+        with pipeline.worker(LEASE_SECONDS="2") as heir:
             until(lambda: len(begun(pipeline, held)) == 2, DEADLINE, "the heir begins")
             heir.freeze()
             pipeline.open_gate("gate")
@@ -78,20 +78,37 @@ def test_one_mail_that_kills_the_process_among_31(pipeline: Pipeline) -> None:
     assert {line.email_id for line in pipeline.lines("begin")} == set(pipeline.delivered), "all 32 were in flight"
     assert not pipeline.lines("end")
     pipeline.open_gate("gate")
-    crashes = 0
-    while pipeline.books().stream:  # a supervisor
-        with pipeline.worker(**settings) as worker:
-            wait_for_crash_or_end(pipeline, worker)
-            crashes += not worker.running()
-        assert crashes <= 3, "the fourth start alone is not made"
-    assert crashes == 3
+    crashes = supervised(pipeline, **settings)
+    assert crashes == 3, "three starts alone, no fourth"
     pipeline.assert_accounted(dead={poison: "poison"})
     assert len(others) == 31
     assert len(begun(pipeline, poison)) == 4, "one start in company, three alone"
 
 
+def supervised(pipeline: Pipeline, **settings: str) -> int:
+    """Start a worker again whenever it dies, until the stream is empty; how often it died."""
+    crashes = 0
+    while pipeline.books().stream:
+        with pipeline.worker(**settings) as worker:
+            wait_for_crash_or_end(pipeline, worker)
+            crashes += not worker.running()
+        assert crashes < 10
+    return crashes
+
+
 def wait_for_crash_or_end(pipeline: Pipeline, worker: Daemon) -> None:
     until(lambda: not worker.running() or not pipeline.books().stream, DEADLINE, "the worker is dead or the stream empty")
+
+
+def test_handler_that_holds_the_gil(pipeline: Pipeline) -> None:
+    """No other thread moves, no lease is renewed: the process ends with a trace of where it stood, the mail is poison in the end."""
+    [stuck, *_] = published(pipeline, "stuck", "fine", "fine")
+    settings = {"LEASE_SECONDS": "1.5", "POISON_STARTS": "1"}
+    with pipeline.worker(**settings) as worker:
+        assert worker.exit_code(DEADLINE) == 1
+        assert "handlers.py" in worker.output(), "the traceback names the handler"
+    assert supervised(pipeline, **settings) == 1
+    pipeline.assert_accounted(dead={stuck: "poison"})
 
 
 def test_handler_longer_than_the_lease(pipeline: Pipeline) -> None:

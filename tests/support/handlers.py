@@ -4,7 +4,8 @@ The first words of the subject are the order:
 
     fail N      raise in the first N attempts          permanent   raise Permanent
     hold NAME   finish once the file NAME exists       kill N      SIGKILL to the own process, the first time only
-    slow MS     take that long                                     once N other mails are at work in it
+    stuck       hold the GIL for ever                              once N other mails are at work in it
+    slow MS     take that long
     (else)      finish at once
 
 Journal and files stand in the folder of the journal, which the environment names (JOURNAL).
@@ -13,6 +14,7 @@ Journal and files stand in the folder of the journal, which the environment name
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from dataclasses import dataclass
@@ -54,6 +56,8 @@ def obey(email: Email, context: Context) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if order == "hold":
         until((journal.parent / argument).exists, PATIENCE, f"the file {argument}")
+    if order == "stuck":
+        re.fullmatch(r"(a+)+", "a" * 64 + "b")
     if order == "slow":
         threading.Event().wait(int(argument) / 1000)
     note(journal, "end", context)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from tests.support.faulty import FaultySession, FaultyTransport, Process
 MAILBOX = "INBOX"
 LEASE = 0.05  # seconds, of workers and producers
 ROOM = 8  # handlers of a worker
-MOST_TURNS = 2_000  # each waits a millisecond at least: some twenty leases, then a process hangs
+MOST_TURNS = 500  # each waits a millisecond at least: many leases, then it is clear that a process hangs
 
 SETTINGS = {
     "INITIAL_SYNC": "all",
@@ -133,6 +133,11 @@ class InlineProducer:
         clock, redis_client = a_second_a_look(), RedisClient(FaultyTransport(world.transport, process))
         beats = _BeatsThatRenew(clock)
         self.states = StateManager(redis_client, world.keys, world.account, MAILBOX, secrets.token_hex(8))
+
+
+        def connect(token: str) -> AbstractContextManager[Session]:
+            return FaultySession(ImapMailbox(world.endpoint, world.account, MAILBOX, token), process)
+
         self.mailbox = beats.mailbox = Mailbox(
             settings=world.settings,
             account=world.account,
@@ -140,7 +145,7 @@ class InlineProducer:
             states=self.states,
             marker_file=MarkerFile(world.data_dir, world.account, MAILBOX),
             tokens=world,
-            connect=lambda token: FaultySession(ImapMailbox(world.endpoint, world.account, MAILBOX, token), process),
+            connect=connect,
             clock=clock,
             new_id=lambda: secrets.token_hex(8),
             shutdown=HurriedShutdown(),

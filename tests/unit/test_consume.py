@@ -72,6 +72,46 @@ def settle(consumer: Consumer, started: list[Started]) -> None:
     consumer.settle([consumer.handle(mail) for mail in started])
 
 
+class Flaky:
+    """A transport that loses the request or the reply of the next call whose name or script holds `victim`."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self.victim = ""
+        self.lost = "request"
+
+    def execute_command(self, *args: Arg) -> Any:
+        if not self.victim or self.victim not in str(args[:2]):
+            return self._transport.execute_command(*args)
+        self.victim = ""
+        if self.lost == "reply":
+            self._transport.execute_command(*args)
+        raise redis.ConnectionError("lost")
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+@pytest.fixture
+def flaky(store: Store) -> Iterator[Flaky]:
+    yield Flaky(Direct(store.redis))
+
+
+class Direct:
+    """A client's calls as a transport; scripts by their text, so that `Flaky` can tell them apart."""
+
+    def __init__(self, client: RedisClient) -> None:
+        self._client = client
+
+    def execute_command(self, *args: Arg) -> Any:
+        if args[0] == "EVALSHA":
+            raise redis.exceptions.NoScriptError("NOSCRIPT")
+        return self._client.call(*args)
+
+    def close(self) -> None:
+        return
+
+
 # from the stream to its end
 
 
@@ -167,6 +207,58 @@ def test_what_is_in_flight_here_is_not_recovered_from_oneself(store: Store) -> N
     store.age("1-0", "w1", HOUR)
     assert consumer.take(8) == []
     assert store.content()["pending"] == {"1-0": ("w1", 1)}
+
+
+def test_after_an_outage_nothing_is_recovered_before_its_owner_could_renew_it(store: Store, flaky: Flaky) -> None:
+    """Every lease looks run out then; new mail is read meanwhile."""
+    owner, consumer = consumer_of(store, "w1"), consumer_of(store, "w2", redis=RedisClient(flaky))
+    publish(store, 1)
+    owner.take(8)
+    store.age("1-0", "w1", HOUR)
+    flaky.victim = "XLEN"
+    with pytest.raises(RedisUnavailable):
+        consumer.take(8)
+    publish(store, 2)
+    assert ids(consumer.take(8)) == [M2]
+    assert store.content()["pending"] == {"1-0": ("w1", 1), "2-0": ("w2", 1)}
+    for _ in range(20):
+        consumer.take(8)
+    assert store.content()["pending"]["1-0"] == ("w2", 2)
+
+
+def test_what_waits_to_run_alone_takes_no_handlers_place(store: Store) -> None:
+    """at_work is what handlers have; in_flight is what is renewed."""
+    crashed(store, 1, 2)
+    consumer = consumer_of(store)
+    consumer.take(8)
+    assert (consumer.in_flight(), consumer.at_work()) == (2, 0)
+    consumer.take(8)
+    assert (consumer.in_flight(), consumer.at_work()) == (2, 1)
+
+
+def test_a_lost_lease_is_said_and_the_mail_left_to_its_new_owner(store: Store) -> None:
+    """Renewing and failing what another worker took changes nothing of it."""
+    zombie = consumer_of(store, "w1")
+    publish(store, 1, subject="retry")
+    late = zombie.take(8)
+    store.age("1-0", "w1", HOUR)
+    assert len(recovery.recover(store.seat("w2"), lease=60, most=9, in_flight=[])) == 1
+    before = store.content()
+    zombie.renew()
+    settle(zombie, late)
+    assert zombie.hand_back() == 0
+    assert store.content() == before
+    assert zombie.counts["lost"] == 1
+
+
+def test_a_mail_deleted_by_hand_while_it_was_handled_is_gone(store: Store) -> None:
+    """Its failure is recorded nowhere: there is nothing to retry."""
+    consumer = consumer_of(store)
+    publish(store, 1, subject="retry")
+    started = consumer.take(8)
+    store.redis.call("XDEL", store.keys.stream, "1-0")
+    settle(consumer, started)
+    assert (consumer.in_flight(), store.content()) == (0, {"open": {DAY: "1"}})
 
 
 def test_renewal_covers_all_that_is_in_flight(store: Store) -> None:
@@ -337,46 +429,6 @@ def test_at_dlq_max_reading_stops_and_goes_on_when_there_is_room(store: Store) -
 
 
 # calls that fail
-
-
-class Flaky:
-    """A transport that loses the request or the reply of the next call whose name or script holds `victim`."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        self.victim = ""
-        self.lost = "request"
-
-    def execute_command(self, *args: Arg) -> Any:
-        if not self.victim or self.victim not in str(args[:2]):
-            return self._transport.execute_command(*args)
-        self.victim = ""
-        if self.lost == "reply":
-            self._transport.execute_command(*args)
-        raise redis.ConnectionError("lost")
-
-    def close(self) -> None:
-        self._transport.close()
-
-
-@pytest.fixture
-def flaky(store: Store) -> Iterator[Flaky]:
-    yield Flaky(Direct(store.redis))
-
-
-class Direct:
-    """A client's calls as a transport; scripts by their text, so that `Flaky` can tell them apart."""
-
-    def __init__(self, client: RedisClient) -> None:
-        self._client = client
-
-    def execute_command(self, *args: Arg) -> Any:
-        if args[0] == "EVALSHA":
-            raise redis.exceptions.NoScriptError("NOSCRIPT")
-        return self._client.call(*args)
-
-    def close(self) -> None:
-        return
 
 
 @pytest.mark.parametrize("lost", ["request", "reply"])

@@ -361,6 +361,14 @@ def test_discard_after_replay_leaves_the_replayed_mail(store: Store) -> None:
     assert store.content() == after
 
 
+def test_a_letter_whose_mail_lives_cannot_discard_it(store: Store) -> None:
+    """The index names an entry: its id must not count as processed, or the living mail would be dropped as a duplicate."""
+    before: Content = {"stream": {"1-0": M1}, "index": {M1: "S:1-0"}, "dlq": [(M1, "old", "1")], "open": {DAY: "1"}}
+    store.put(before)
+    assert discarded(store, dlq.look(store.redis, store.keys)) == ["NONE"]
+    assert store.content() == before
+
+
 def test_nothing_to_replay_or_discard_asks_nothing(store: Store) -> None:
     assert replayed(store, []) == []
     assert discarded(store, []) == []

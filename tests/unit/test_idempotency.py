@@ -382,15 +382,30 @@ def test_processed_ids_expire_and_the_time_starts_anew_with_each_write(store: St
     assert 400 * 86_400 - 60 <= store.redis.call("TTL", key) <= 400 * 86_400
 
 
-def test_results_are_bounded_by_number_and_by_age(store: Store) -> None:
-    """A log, not a store: old results and those beyond the limit (about) go."""
+def filled_results(store: Store, ids: Sequence[str]) -> None:
+    for entry in ids:
+        store.redis.call("XADD", store.keys.results, entry, "email_id", "old", "outcome", "done", "result", "{}")
+
+
+@pytest.mark.parametrize(
+    ("ids", "most"),
+    [([f"{second}000-0" for second in range(1, 301)], 10_000), (["*"] * 300, 10)],
+    ids=["older than their days", "more than there may be"],
+)
+def test_results_are_a_bounded_log(store: Store, ids: list[str], most: int) -> None:
+    """By age and by number, in whole nodes of about a hundred; the newest always stands."""
     store.put(TWO)
-    for second in range(1, 301):
-        store.redis.call("XADD", store.keys.results, f"{second}000-0", "email_id", "old", "outcome", "done", "result", "{}")
-    complete(store.seat(), [Done(store.held("1-0"), "done", "{}")], processed_days=1, results_max=10, results_days=7)
-    kept = store.redis.length(store.keys.results)
-    assert kept <= 200, "MAXLEN ~ 10 trims whole nodes of 100"
+    filled_results(store, ids)
+    complete(store.seat(), [Done(store.held("1-0"), "done", "{}")], processed_days=1, results_max=most, results_days=7)
+    assert store.redis.length(store.keys.results) <= 200
     assert store.content()["results"][-1] == (M1, "done", "{}")
+
+
+def test_results_within_both_bounds_are_kept(store: Store) -> None:
+    store.put(TWO)
+    filled_results(store, ["*"] * 300)
+    complete(store.seat(), [Done(store.held("1-0"), "done", "{}")], processed_days=1, results_max=1000, results_days=7)
+    assert store.redis.length(store.keys.results) == 301
 
 
 def test_a_batch_of_500_is_completed_in_one_call(store: Store) -> None:

@@ -40,3 +40,7 @@ def test_processed_sets_and_open_counts_are_by_internaldate_day(date: str, day: 
     assert day_of(date) == day
     assert Keys("s").processed("a@b", date) == f"s:processed:a@b:{day}"
     assert open_field("a@b", "[Gmail]/All Mail", date) == f"a@b|[Gmail]/All Mail|{day}"
+
+
+def test_the_bytes_of_a_day_are_counted_per_account() -> None:
+    assert Keys("s").bytes_read("a@b", "2026-01-31T23:59:59Z") == "producer_state:a@b:bytes:20260131"

@@ -301,6 +301,43 @@ def test_counts(uid: int, internal_date: str, first_complete: bool, counts: bool
     assert plan.counts(state, uid, internal_date, "2026-01-27T00:00:00Z") is counts
 
 
+@pytest.mark.parametrize(
+    ("uid", "internal_date", "late"),
+    [
+        pytest.param(31, "2026-01-27T00:00:00Z", True, id="passed, and young enough"),
+        pytest.param(31, "", True, id="without a date: rather twice than never"),
+        pytest.param(31, "2026-01-26T23:59:59Z", False, id="its processed id may be forgotten"),
+        pytest.param(30, "2026-01-31T00:00:00Z", False, id="left out on purpose (new mail only)"),
+        pytest.param(41, "2026-01-31T00:00:00Z", False, id="not passed yet: the read will come to it"),
+    ],
+)
+def test_counts_late(uid: int, internal_date: str, late: bool) -> None:
+    """A mail that became visible below last_uid."""
+    state = replace(STATE, floor=30)
+    assert plan.counts_late(state, uid, internal_date, "2026-01-27T00:00:00Z") is late
+
+
+def test_a_late_mail_before_the_boundary_stays_passed() -> None:
+    """The first read left it out by its date."""
+    assert not plan.counts_late(STATE, 31, "2026-01-25T11:59:59Z", "2025-01-01T00:00:00Z")
+    assert plan.counts_late(STATE, 31, SINCE, "2025-01-01T00:00:00Z")
+
+
+@pytest.mark.parametrize(
+    ("uid", "internal_date", "asked"),
+    [
+        (40, "2026-01-10T00:00:00Z", True),
+        (40, "", True),
+        (40, "2026-01-09T23:59:59Z", False),
+        (41, "2026-01-31T00:00:00Z", False),
+    ],
+)
+def test_counts_asked(uid: int, internal_date: str, asked: bool) -> None:
+    """--resync-from reaches behind boundary, floor and retention, but not ahead of the read."""
+    state = replace(STATE, floor=40)
+    assert plan.counts_asked("2026-01-10T00:00:00Z", state, uid, internal_date, "2026-01-27T00:00:00Z") is asked
+
+
 @given(st.lists(st.integers(1, 50), unique=True).map(sorted), st.sets(st.integers(1, 50)))
 def test_only_the_contiguous_prefix_is_ready(uids: list[int], present: set[int]) -> None:
     """Behind a mail that did not come nothing may be published, or the state would pass over it."""

@@ -118,6 +118,35 @@ def test_nobody_can_let_go_of_anothers_lease(store: Store) -> None:
     assert intake(store) == {"owner": "p1", "epoch": "1"}
 
 
+def test_letting_go_of_a_lease_that_ran_out_takes_nothing(store: Store) -> None:
+    """A zombie's goodbye: the mailbox belongs to whoever acquires it next."""
+    owner(store)
+    store.redis.call("HSET", f"{HERE}:intake", "until", 1)
+    manager(store, "p2").let_go()
+    assert intake(store) == {"owner": "p1", "epoch": "1"}
+
+
+def test_a_request_to_look_again_reaches_the_owner_until_it_is_done(store: Store) -> None:
+    """--resync-from, asked by another process, also before the mailbox was ever read."""
+    manager(store, "asker").request_resync("2026-01-15")
+    states = manager(store)
+    assert states.acquire(60) == Lease(1, None, "2026-01-15")
+    publish(states, [])
+    assert states.acquire(60) == Lease(1, SECOND, "2026-01-15")
+    states.resync_done()
+    assert states.acquire(60) == Lease(1, SECOND, "")
+
+
+def test_bytes_are_counted_by_account_and_day_and_forgotten(store: Store) -> None:
+    """All mailboxes of an account share its budget; the counter expires by itself."""
+    inbox, other = manager(store), StateManager(store.redis, store.keys, "a", "Other", "p2")
+    assert [inbox.spend(0, NOW), inbox.spend(500, NOW), other.spend(70, NOW)] == [0, 500, 570]
+    assert StateManager(store.redis, store.keys, "b", "INBOX", "p3").spend(1, NOW) == 1
+    assert inbox.spend(5, datetime(2026, 2, 2, tzinfo=UTC)) == 5
+    for key in ("producer_state:a:bytes:20260201", "producer_state:b:bytes:20260201", "producer_state:a:bytes:20260202"):
+        assert 86_400 < store.redis.call("TTL", key) <= 2 * 86_400
+
+
 def test_looking_writes_nothing(store: Store) -> None:
     """A dry run knows the state and leaves no key."""
     assert manager(store).look() is None

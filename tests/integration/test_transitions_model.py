@@ -1,0 +1,436 @@
+"""The transitions of the life of a mail, driven at random by their Python callers on a real Valkey, against a model without Redis.
+
+After each step everything that stands in Redis is compared with the model, and the promise is checked on what Redis holds.
+Nothing waits: abandoned is what nobody holds right now (a lease of 0), due is what is to be retried after 0 s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+import redis
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from src.common.keys import Keys, open_field
+from src.common.redis_client import RedisClient
+from src.mail.record import gmail_email_id, member_of
+from src.producer.plan import State
+from src.producer.state_manager import Identity, Lease, Mail, StateManager
+from src.worker import dlq, idempotency, recovery
+from src.worker.delivery import Delivery, Seat
+from src.worker.dlq import DeadLetter, Failure
+from src.worker.idempotency import Done
+from tests.support.account import Books, read_books
+from tests.support.model import Hand, Model
+from tests.support.mutants import Mutant
+from tests.support.servers import RedisServer
+
+ACCOUNT, MAILBOX = "model@gmail.example", "INBOX"
+GROUP = "email_workers"
+WORKERS = ("w0", "w1", "w2")
+NOW = datetime(2026, 1, 31, tzinfo=UTC)
+HOUR = 3600.0
+MOST_LIVE = 10
+POISON_STARTS = 2
+LETTERS_SEEN = 12  # how far back replay and discard look: letters that are gone are asked for too
+HANDS_SEEN = 24  # how far back a worker that stood still remembers
+
+
+def mail_fields(number: int) -> dict[str, str]:
+    """The stream entry of mail `number`: two days, one account."""
+    return {
+        "schema": "1",
+        "email_id": gmail_email_id(ACCOUNT, str(1_850_000_000_000_000_000 + number)),
+        "account": ACCOUNT,
+        "mailbox": MAILBOX,
+        "uid": str(number),
+        "internal_date": f"2026-01-{10 + number % 2}T12:00:00Z",
+        "correlation_id": "c",
+        "record": "{}",
+    }
+
+
+POOL = [mail_fields(number) for number in range(1, 6)]
+DAYS = {fields["email_id"]: open_field(ACCOUNT, MAILBOX, fields["internal_date"]) for fields in POOL}
+
+
+class LifeOfMail(RuleBasedStateMachine):
+    """`hands`: every delivery ever made, held or not: a worker that stood still uses it late."""
+
+    admin: redis.Redis
+    redis: RedisClient
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.admin.flushall()
+        self.keys = Keys("email_ingestion_stream")
+        self.seats = {name: Seat(self.redis, self.keys, GROUP, name) for name in WORKERS}
+        self.model = Model(DAYS, POISON_STARTS)
+        self.hands: list[Hand] = []
+        self.letters: list[DeadLetter] = []
+        self.fields: dict[str, dict[str, str]] = {}
+        self.highest: Counter[str] = Counter()
+        self.ever: set[str] = set()
+        self.state: State | None = None
+        self.batches = 0
+        self.states = StateManager(self.redis, self.keys, ACCOUNT, MAILBOX, "owner")
+        assert self.states.acquire(HOUR) == Lease(1, None)
+        for seat in self.seats.values():
+            recovery.join(seat)
+
+    # intake
+
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        """A batch, known and unknown mail mixed; then the same call again, and one that expects what is past."""
+        chosen = data.draw(st.lists(st.sampled_from(POOL), max_size=4))
+        mails = [Mail(int(fields["uid"]), fields) for fields in chosen]
+        email_ids = [fields["email_id"] for fields in chosen]
+        before, self.batches = self.state, self.batches + 1
+        state = State(7, self.batches, "", 0, first_complete=True)
+        fresh, full = self.model.fresh(email_ids), len(self.model.entries) >= MOST_LIVE
+
+        def ask(batch: str, states: StateManager) -> tuple[str, tuple[bool, ...]]:
+            answer = states.publish(mails, batch=batch, expected=before, state=state, now=NOW, most_live=MOST_LIVE)
+            return answer.verdict, answer.added
+
+        assert ask("other", StateManager(self.redis, self.keys, ACCOUNT, MAILBOX, "another")) == ("FENCED", ())
+        if full and any(fresh):
+            assert ask(f"batch {self.batches}", self.states) == ("FULL", ())
+            return
+        assert ask(f"batch {self.batches}", self.states) == ("OK", tuple(fresh))
+        self.state = state
+        added = [email_id for email_id, new in zip(email_ids, fresh, strict=True) if new]
+        for email_id, sid in zip(added, self._new_entries(), strict=True):
+            self.model.published(email_id, sid)
+        assert ask(f"batch {self.batches}", self.states) == ("ALREADY", ())
+        assert ask("another batch", self.states) == ("STALE", ())
+
+    @rule(fields=st.sampled_from(POOL), times=st.integers(1, 2))
+    def copy_by_someone_else(self, fields: dict[str, str], times: int) -> None:
+        """XADD by hand of a mail, published before or not."""
+        for _ in range(times):
+            self._note(str(self.admin.xadd(self.keys.stream, fields)), fields["email_id"])  # type: ignore[arg-type]
+
+    @rule()
+    def garbage_by_someone_else(self) -> None:
+        sid = str(self.admin.xadd(self.keys.stream, {"hello": "world"}))
+        self._note(sid, f"foreign:{sid}")
+
+    def _note(self, sid: str, mail: str) -> None:
+        self.model.seen_in_stream(sid, mail)
+        assert self._new_entries() == []
+
+    # a worker takes
+
+    @rule(worker=st.sampled_from(WORKERS), most=st.integers(1, 3))
+    def read_new(self, worker: str, most: int) -> None:
+        self._read(worker, most)
+
+    def _read(self, worker: str, most: int) -> list[Hand]:
+        found = self.redis.read_new(self.keys.stream, GROUP, worker, count=most, block_ms=1)
+        return self._took([Delivery(sid, 1, fields) for sid, fields in found], self.model.read(worker, most))
+
+    @rule(worker=st.sampled_from(WORKERS), most=st.integers(1, 3), mine=st.booleans(), lease=st.sampled_from([0.0, HOUR]))
+    def recover(self, worker: str, most: int, mine: bool, lease: float) -> None:
+        """With a lease of an hour only what was handed back may be taken. Not `mine`: a worker that knows nothing of its past."""
+        self._recover(worker, most, mine=mine, lease=lease)
+
+    def _recover(self, worker: str, most: int, *, mine: bool = True, lease: float = 0.0) -> list[Hand]:
+        busy = self.model.held_by(worker) if mine else []
+        found = recovery.recover(self.seats[worker], lease=lease, most=most, in_flight=busy)
+        return self._took(found, self.model.recover(worker, most, busy, only_handed_back=lease > 0))
+
+    @rule(worker=st.sampled_from(WORKERS), most=st.integers(1, 3))
+    def promote(self, worker: str, most: int) -> None:
+        self._promote(worker, most)
+
+    def _promote(self, worker: str, most: int) -> list[Hand]:
+        due = self.model.in_place("due")
+        found = recovery.promote(self.seats[worker], most=most)
+        assert {mail.stream_id for mail in found} <= set(due) and len(found) == min(most, len(due))
+        return self._took(found, self.model.promoted(worker, [mail.stream_id for mail in found]))
+
+    def _took(self, found: list[Delivery], expected: list[Hand]) -> list[Hand]:
+        assert [(mail.stream_id, mail.count) for mail in found] == [(hand.sid, hand.count) for hand in expected]
+        for mail in found:
+            assert mail.email_id == self.model.entries[mail.stream_id].mail
+            self.fields[mail.stream_id] = mail.fields
+        self.hands += expected
+        return expected
+
+    @precondition(lambda self: self.model.entries)
+    @rule(worker=st.sampled_from(WORKERS), data=st.data(), solo=st.booleans())
+    def a_turn(self, worker: str, data: st.DataObject, solo: bool) -> None:
+        """What a worker does all day: take a few mails, begin them, and finish, fail or never finish each."""
+        ways = {"new": self._read, "flight": self._recover, "due": self._promote}
+        take = ways[data.draw(st.sampled_from([place for place in ways if self.model.in_place(place)]))]
+        taken = take(worker, 3)
+        self._bury_garbage(worker, taken)
+        started = self._begin(worker, self._mails_of_ours(taken), solo=solo)
+        ends = {hand: data.draw(st.sampled_from(["done", "retry", "postpone", "bury", "never"])) for hand in started}
+        self._complete(worker, [hand for hand, end in ends.items() if end == "done"])
+        failed = [hand for hand, end in ends.items() if end not in ("done", "never")]
+        self._fail(worker, failed, [ends[hand] for hand in failed])
+
+    @precondition(lambda self: self.model.in_place("flight"))
+    @rule(worker=st.sampled_from(WORKERS), solo=st.booleans())
+    def a_crash(self, worker: str, solo: bool) -> None:
+        """What a worker does that dies over its mail: take what others left, begin it, and no more."""
+        self._begin(worker, self._mails_of_ours(self._recover(worker, 3)), solo=solo)
+
+    # a worker holds: now, or in the belief that it does
+
+    @precondition(lambda self: self.hands)
+    @rule(data=st.data())
+    def renew(self, data: st.DataObject) -> None:
+        worker, hands = self._some_hands(data)
+        assert sorted(recovery.renew(self.seats[worker], self._deliveries(hands))) == sorted(self.model.renew(hands))
+
+    @precondition(lambda self: self.hands)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        worker, hands = self._some_hands(data)
+        assert recovery.release(self.seats[worker], self._deliveries(hands)) == self.model.release(hands)
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def leave(self, worker: str) -> None:
+        """A consumer goes, but never one that holds something."""
+        recovery.leave(self.seats[worker])
+        names = {consumer["name"] for consumer in self.admin.xinfo_consumers(self.keys.stream, GROUP)}
+        assert (worker in names) == bool(self.model.held_by(worker))
+
+    @precondition(lambda self: self.hands)
+    @rule(data=st.data(), solo=st.booleans())
+    def begin(self, data: st.DataObject, solo: bool) -> None:
+        worker, hands = self._some_hands(data)
+        self._begin(worker, self._mails_of_ours(hands), solo=solo)
+
+    def _begin(self, worker: str, hands: list[Hand], *, solo: bool) -> list[Hand]:
+        """Those that GO."""
+        started = []
+        mails = self._deliveries(hands)
+        answers = idempotency.begin(self.seats[worker], mails, solo=solo, poison_starts=POISON_STARTS, now=NOW) if mails else []
+        for hand, answer in zip(hands, answers, strict=True):
+            expected = self.model.begin(hand, self._mail(hand), solo=solo)
+            assert (answer.verdict, answer.attempts) == expected, hand
+            if answer.verdict == "GO":
+                started.append(replace(hand, started=True))
+                self.hands[self.hands.index(hand)] = started[-1]
+            elif answer.verdict == "POISON":
+                self._buried(hand, "poison")
+        return started
+
+    # a worker settles
+
+    @precondition(lambda self: any(hand.started for hand in self.hands))
+    @rule(data=st.data())
+    def complete(self, data: st.DataObject) -> None:
+        worker, hands = self._some_hands(data, started=True)
+        self._complete(worker, hands)
+
+    def _complete(self, worker: str, hands: list[Hand]) -> None:
+        done = [Done(mail, "done", "{}") for mail in self._deliveries(hands)]
+        if done:
+            answers = idempotency.complete(self.seats[worker], done, processed_days=1, results_max=1000, results_days=1)
+            assert answers == [self.model.complete(hand, self._mail(hand)) for hand in hands]
+
+    @precondition(lambda self: any(hand.started for hand in self.hands))
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        worker, hands = self._some_hands(data, started=True)
+        self._fail(worker, hands, [data.draw(st.sampled_from(["retry", "retry", "postpone", "bury"])) for _ in hands])
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def bury_garbage(self, worker: str) -> None:
+        self._bury_garbage(worker, [hand for hand in self.hands if hand.worker == worker])
+
+    def _bury_garbage(self, worker: str, hands: list[Hand]) -> None:
+        garbage = [hand for hand in hands if self._mail(hand).startswith("foreign:")]
+        self._fail(worker, garbage, ["foreign" for _ in garbage])
+
+    def _fail(self, worker: str, hands: list[Hand], verbs: list[str]) -> None:
+        failures = [
+            Failure(mail, verb, reason=verb)  # type: ignore[arg-type]  # one of Verb
+            for mail, verb in zip(self._deliveries(hands), verbs, strict=True)
+        ]
+        answers = dlq.fail(self.seats[worker], failures, now=NOW) if failures else []
+        for hand, verb, answer in zip(hands, verbs, answers, strict=True):
+            assert (answer.verdict, answer.attempts) == self.model.fail(hand, self._mail(hand), verb), hand
+            if answer.verdict == "DEAD":
+                self._buried(hand, verb)
+
+    def _buried(self, hand: Hand, reason: str) -> None:
+        """The oldest letter that the model does not know: they come in the order of the batch."""
+        letter = next(letter for letter in dlq.look(self.redis, self.keys) if letter.id not in self.model.letters)
+        assert (letter.email_id, letter.fields["dead_reason"]) == (self._mail(hand), reason)
+        self.model.buried(hand, letter.id, reason)
+        self.letters = [*self.letters, letter][-LETTERS_SEEN:]
+
+    # the dead
+
+    @precondition(lambda self: self.letters)
+    @rule(data=st.data())
+    def replay(self, data: st.DataObject) -> None:
+        letters = data.draw(st.lists(st.sampled_from(self.letters), min_size=1, max_size=3, unique_by=lambda letter: letter.id))
+        expected = ["FOREIGN" if letter.foreign else self.model.replay(letter.id) for letter in letters]
+        assert dlq.replay(self.redis, self.keys, letters) == expected
+        back = [letter.id for letter, verdict in zip(letters, expected, strict=True) if verdict == "OK"]
+        for letter_id, sid in zip(back, self._new_entries(), strict=True):
+            self.model.replayed(letter_id, sid)
+
+    @precondition(lambda self: self.letters)
+    @rule(data=st.data())
+    def discard(self, data: st.DataObject) -> None:
+        letters = data.draw(st.lists(st.sampled_from(self.letters), min_size=1, max_size=2, unique_by=lambda letter: letter.id))
+        answers = dlq.discard(self.redis, self.keys, letters, processed_days=1, results_max=1000)
+        assert answers == [self.model.discard(letter.id) for letter in letters]
+
+    # what holds after each step
+
+    @invariant()
+    def everything_is_accounted_for(self) -> None:
+        books, fences = read_books(self.admin), self._fences()
+        self._redis_holds_what_the_model_holds(books, fences)
+        self._the_promise_holds(books, fences)
+        identities = [Identity(fields["email_id"], fields["internal_date"]) for fields in POOL]
+        unknown = [position for position, fields in enumerate(POOL) if not self.model.known(fields["email_id"])]
+        assert self.states.missing(identities, ACCOUNT) == unknown
+
+    def _redis_holds_what_the_model_holds(self, books: Books, fences: dict[str, tuple[str, int]]) -> None:
+        model = self.model
+        assert {sid: fields.get("email_id", f"foreign:{sid}") for sid, fields in books.stream.items()} == {
+            sid: entry.mail for sid, entry in model.entries.items()
+        }
+        assert fences == {sid: (model.entries[sid].owner, model.entries[sid].count) for sid in model.in_place("flight")}
+        assert books.due == set(model.in_place("due"))
+        assert books.index == model.index
+        assert books.starts == {mail: f"{solo}|{tag}" for mail, (solo, tag) in model.starts.items()}
+        assert books.tries == {mail: f"{attempts}|{last}" for mail, (attempts, last) in model.tries.items()}
+        assert books.open == model.open
+        letters = {
+            letter: (fields.get("dead_id") or fields["email_id"], fields["dead_reason"]) for letter, fields in books.dead.items()
+        }
+        assert letters == model.letters
+        assert books.done == Counter({mail: times for (mail, outcome), times in model.results.items() if outcome == "done"})
+        assert books.discarded == Counter({mail: n for (mail, outcome), n in model.results.items() if outcome == "discarded"})
+        assert set(books.processed) == {member_of(mail) for mail in model.processed}
+
+    def _the_promise_holds(self, books: Books, fences: dict[str, tuple[str, int]]) -> None:
+        """On what Redis holds alone: each mail ever taken in is in one place, done at most once, counted once, its count never back."""
+        live, dead = set(books.stream), {fields["email_id"] for fields in books.dead.values() if "dead_id" not in fields}
+        unfinished = {mail for mail, location in books.index.items() if location.startswith("S:") and location[2:] in live}
+        done = {mail for mail in DAYS if member_of(mail) in books.processed}
+        self.ever |= set(books.index) | done
+        assert all([mail in unfinished, mail in dead, mail in done].count(True) == 1 for mail in self.ever), (
+            "in exactly one place"
+        )
+        assert books.done + books.discarded == Counter(done), "results exactly once"
+        assert len(books.dead) == len(books.reasons), "one letter a mail"
+        assert books.open == Counter(DAYS[mail] for mail in unfinished | dead), "open counts what is unfinished or dead"
+        assert not books.pending & books.due, "in flight or waiting, not both"
+        for sid, (_, count) in fences.items():
+            assert count >= self.highest[sid], "the delivery count never goes back"
+            self.highest[sid] = count
+
+    # helpers
+
+    def _some_hands(self, data: st.DataObject, *, started: bool = False) -> tuple[str, list[Hand]]:
+        """A few deliveries of one worker, lately made; those of other workers are not its to use."""
+        recent = [hand for hand in self.hands if hand.started or not started][-HANDS_SEEN:]
+        worker = data.draw(st.sampled_from(sorted({hand.worker for hand in recent})))
+        own = [hand for hand in recent if hand.worker == worker]
+        return worker, data.draw(st.lists(st.sampled_from(own), min_size=1, max_size=4, unique=True))
+
+    def _mails_of_ours(self, hands: list[Hand]) -> list[Hand]:
+        return [hand for hand in hands if not self._mail(hand).startswith("foreign:")]
+
+    def _deliveries(self, hands: list[Hand]) -> list[Delivery]:
+        return [Delivery(hand.sid, hand.count, self.fields[hand.sid]) for hand in hands]
+
+    def _mail(self, hand: Hand) -> str:
+        return self.fields[hand.sid].get("email_id", f"foreign:{hand.sid}")
+
+    def _new_entries(self) -> list[str]:
+        """Stream ids that the model does not know, in order."""
+        return [sid for sid, _ in self.redis.entries(self.keys.stream, count=1000) if sid not in self.model.entries]
+
+    def _fences(self) -> dict[str, tuple[str, int]]:
+        rows = self.admin.xpending_range(self.keys.stream, GROUP, "-", "+", 1000)
+        return {str(row["message_id"]): (str(row["consumer"]), int(row["times_delivered"])) for row in rows}
+
+
+FULL = os.environ.get("TEST_ALL") == "1"
+PROFILE = settings(
+    max_examples=400 if FULL else 40,
+    stateful_step_count=60 if FULL else 40,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    with RedisServer("valkey", options={"hz": "500"}) as valkey:
+        LifeOfMail.admin = valkey.client()
+        with RedisClient.connect(valkey.url, max_connections=4, socket_timeout=10.0) as client:
+            LifeOfMail.redis = client
+            yield
+
+
+@pytest.mark.usefixtures("server")
+def test_transitions_do_what_the_model_says() -> None:
+    """Any order of transitions, by workers alive, dead or late, leaves each mail in one place, done once, as the model says."""
+    run_state_machine_as_test(LifeOfMail, settings=PROFILE)
+
+
+MUTANTS = (
+    Mutant("publish", "if state[1] ~= ARGV[1] then", "if false then"),
+    Mutant("publish", "if uidvalidity ~= ARGV[3] or last_uid ~= ARGV[4] then", "if false then"),
+    Mutant("publish", "mails[i].known = located[i]", "mails[i].known = false"),
+    Mutant("publish", "or done[i] == 1 end", "end"),
+    Mutant("publish", "if fresh > 0 and live >= tonumber(ARGV[13]) then", "if false then"),
+    Mutant("begin", "if owned[mail.sid] ~= mail.count then", "if false then"),
+    Mutant("begin", "mail.done or (location and location ~= here and stands(location))", "mail.done"),
+    Mutant(
+        "begin",
+        "mail.done or (location and location ~= here and stands(location))",
+        "location and location ~= here and stands(location)",
+    ),
+    Mutant("begin", "adopted[mail.id] = here"),
+    Mutant("begin", "if last == nil or last == tag then", "if true then"),
+    Mutant("begin", "elseif solo >= tonumber(ARGV[3]) then", "elseif false then"),
+    Mutant("complete", "if owned[mail.sid] ~= mail.count then", "if false then"),
+    Mutant("complete", "redis.call('XDEL', KEYS[1], unpack(sids))"),
+    Mutant("complete", "redis.call('SADD', KEYS[6 + set], unpack(part))"),
+    Mutant("fail", "if owned[mail.sid] ~= mail.count then", "if false then"),
+    Mutant("fail", "if mail.verb ~= 'postpone' then", "if true then"),
+    Mutant("promote", "redis.call('ZREM', KEYS[4], member)"),
+    Mutant("promote", "'|(%d+)$')) + 1", "'|(%d+)$'))"),
+    Mutant("recover", "if not busy[entry[1]] and", "if"),
+    Mutant("recover", "'IDLE', ARGV[3],", "'IDLE', 0,"),
+    Mutant("release", "if owned[sid] == count then", "if true then"),
+    Mutant("renew", "owned[ARGV[i]] == ARGV[i + 1] and mine or lost", "mine"),
+    Mutant("replay", "redis.call('XDEL', KEYS[5], dead)\n    answer[#answer + 1] = 'OK'", "answer[#answer + 1] = 'OK'"),
+    Mutant("discard", "redis.call('SADD', set, ARGV[i + 2])"),
+    Mutant("reap", "consumer.pending == 0 and"),
+)
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_guard_taken_out_is_seen(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is a check that can fail: without any one of these lines Redis and the model part."""
+    mutant.install(monkeypatch)
+    hunt = settings(PROFILE, max_examples=100, derandomize=True, phases=[Phase.generate], print_blob=False)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(LifeOfMail, settings=hunt)

@@ -1,0 +1,229 @@
+"""The life of mail as a plain Python model: what each transition answers and leaves behind, said without Redis.
+
+Two things it cannot know and is told: the ids that the server gives to new entries, and which of the due mails `promote` took.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of the stream. `owner` and `count` are the fence while it is in flight; `count` is kept while it waits.
+
+    `handed_back`: released, and claimed or renewed by nobody since.
+    """
+
+    mail: str
+    place: Literal["new", "flight", "due"] = "new"
+    owner: str = ""
+    count: int = 0
+    handed_back: bool = False
+
+
+@dataclass(frozen=True)
+class Hand:
+    """A delivery as its worker remembers it, whether it still holds or not. `started`: begin said GO."""
+
+    worker: str
+    sid: str
+    count: int
+    started: bool = False
+
+    @property
+    def tag(self) -> str:
+        return f"{self.sid}:{self.count}"
+
+
+@dataclass
+class Model:
+    """`days`: email_id → its field in `Keys.open`. `poison_starts`: solo starts that never finish before a mail is buried.
+
+    `entries` in stream order. `index`, `starts`, `tries` by email_id.
+    `starts`: (solo starts, tag of the unfinished start). `tries`: (failed attempts, last delivery count).
+    `letters`: dead-letter id → (email_id, reason).
+    """
+
+    days: dict[str, str]
+    poison_starts: int
+    entries: dict[str, Entry] = field(default_factory=dict)
+    index: dict[str, str] = field(default_factory=dict)
+    starts: dict[str, tuple[int, str]] = field(default_factory=dict)
+    tries: dict[str, tuple[int, int]] = field(default_factory=dict)
+    letters: dict[str, tuple[str, str]] = field(default_factory=dict)
+    results: Counter[tuple[str, str]] = field(default_factory=Counter)
+    processed: set[str] = field(default_factory=set)
+    open: Counter[str] = field(default_factory=Counter)
+
+    def in_place(self, place: str) -> list[str]:
+        return [sid for sid, entry in self.entries.items() if entry.place == place]
+
+    def holds(self, hand: Hand) -> bool:
+        """The fence."""
+        entry = self.entries.get(hand.sid)
+        return entry is not None and entry.place == "flight" and entry.owner == hand.worker and entry.count == hand.count
+
+    def held_by(self, worker: str) -> list[str]:
+        return [sid for sid in self.in_place("flight") if self.entries[sid].owner == worker]
+
+    def known(self, mail: str) -> bool:
+        return mail in self.index or mail in self.processed
+
+    # intake
+
+    def fresh(self, mails: Sequence[str]) -> list[bool]:
+        """Which of a batch `publish` adds."""
+        return [not self.known(mail) and mail not in mails[:i] for i, mail in enumerate(mails)]
+
+    def published(self, mail: str, sid: str) -> None:
+        self.entries[sid] = Entry(mail)
+        self.index[mail] = f"S:{sid}"
+        self._count(mail, 1)
+
+    def seen_in_stream(self, sid: str, mail: str) -> None:
+        """Someone else's XADD."""
+        self.entries[sid] = Entry(mail)
+
+    # taking
+
+    def read(self, worker: str, most: int) -> list[Hand]:
+        taken = self.in_place("new")[:most]
+        return [self._claimed(sid, worker, 1) for sid in taken]
+
+    def recover(self, worker: str, most: int, busy: Collection[str], *, only_handed_back: bool) -> list[Hand]:
+        found = [
+            sid
+            for sid in sorted(self.in_place("flight"), key=stream_order)
+            if sid not in busy and (self.entries[sid].handed_back or not only_handed_back)
+        ]
+        return [self._claimed(sid, worker, self.entries[sid].count + 1) for sid in found[:most]]
+
+    def promoted(self, worker: str, sids: Sequence[str]) -> list[Hand]:
+        return [self._claimed(sid, worker, self.entries[sid].count + 1) for sid in sids]
+
+    def _claimed(self, sid: str, worker: str, count: int) -> Hand:
+        self.entries[sid] = replace(self.entries[sid], place="flight", owner=worker, count=count, handed_back=False)
+        return Hand(worker, sid, count)
+
+    # holding
+
+    def renew(self, hands: Sequence[Hand]) -> list[str]:
+        """The stream ids that are lost."""
+        for hand in hands:
+            if self.holds(hand):
+                self.entries[hand.sid] = replace(self.entries[hand.sid], handed_back=False)
+        return [hand.sid for hand in hands if not self.holds(hand)]
+
+    def release(self, hands: Sequence[Hand]) -> int:
+        held = [hand for hand in hands if self.holds(hand)]
+        for hand in held:
+            mail = self.entries[hand.sid].mail
+            solo, tag = self.starts.get(mail, (0, ""))
+            if tag == hand.tag and solo == 0:
+                del self.starts[mail]
+            elif tag == hand.tag:
+                self.starts[mail] = (solo - 1, "")
+            self.entries[hand.sid] = replace(self.entries[hand.sid], handed_back=True)
+        return len(held)
+
+    # begin
+
+    def begin(self, hand: Hand, mail: str, *, solo: bool) -> tuple[str, int]:
+        """(verdict, failed attempts). POISON is followed by `buried` with the id of the letter."""
+        attempts = self.tries.get(mail, (0, 0))[0]
+        if not self.holds(hand):
+            return "LOST", attempts
+        location = self.index.get(mail)
+        if mail in self.processed or location not in (None, f"S:{hand.sid}"):
+            del self.entries[hand.sid]
+            return "DUP", attempts
+        if location is None:
+            self.index[mail] = f"S:{hand.sid}"
+            self._count(mail, 1)
+        return self._start(hand, mail, solo=solo), attempts
+
+    def _start(self, hand: Hand, mail: str, *, solo: bool) -> str:
+        if mail not in self.starts:
+            self.starts[mail] = (0, hand.tag)
+            return "GO"
+        alone, tag = self.starts[mail]
+        if tag == hand.tag:
+            return "GO"
+        if alone >= self.poison_starts:
+            return "POISON"
+        if solo:
+            self.starts[mail] = (alone + 1, hand.tag)
+            return "GO"
+        return "SUSPECT"
+
+    # settling
+
+    def complete(self, hand: Hand, mail: str) -> str:
+        if not self.holds(hand):
+            return "ALREADY" if mail in self.processed else "LOST"
+        self.results[mail, "done"] += 1
+        self.processed.add(mail)
+        self._count(mail, -1)
+        del self.entries[hand.sid], self.index[mail]
+        self.starts.pop(mail, None)
+        self.tries.pop(mail, None)
+        return "OK"
+
+    def fail(self, hand: Hand, mail: str, verb: str) -> tuple[str, int]:
+        """DEAD is followed by `buried` with the id of the letter."""
+        attempts, last = self.tries.get(mail, (0, 0))
+        if not self.holds(hand):
+            return ("ALREADY" if last == hand.count else "LOST"), attempts
+        if verb in ("retry", "postpone"):
+            attempts += verb == "retry"
+            self.tries[mail] = (attempts, hand.count)
+            self.entries[hand.sid] = replace(self.entries[hand.sid], place="due", owner="")
+            self.starts.pop(mail, None)
+            return ("RETRY" if verb == "retry" else "POSTPONED"), attempts
+        return "DEAD", attempts + 1
+
+    def buried(self, hand: Hand, letter: str, reason: str) -> None:
+        """The entry left the stream as dead letter `letter`."""
+        mail = self.entries.pop(hand.sid).mail
+        self.letters[letter] = (mail, reason)
+        self.starts.pop(mail, None)
+        self.tries.pop(mail, None)
+        if mail in self.index:  # a foreign entry is in no index
+            self.index[mail] = f"D:{letter}"
+
+    # the dead
+
+    def replay(self, letter: str) -> str:
+        """OK is followed by `replayed` with the id of the entry."""
+        if letter not in self.letters:
+            return "NONE"
+        return "OK" if self.letters[letter][0] in self.index else "FOREIGN"
+
+    def replayed(self, letter: str, sid: str) -> None:
+        mail, _ = self.letters.pop(letter)
+        self.entries[sid] = Entry(mail)
+        self.index[mail] = f"S:{sid}"
+
+    def discard(self, letter: str) -> str:
+        if letter not in self.letters:
+            return "NONE"
+        mail, _ = self.letters.pop(letter)
+        if self.index.pop(mail, None):
+            self.processed.add(mail)
+            self.results[mail, "discarded"] += 1
+            self._count(mail, -1)
+        return "OK"
+
+    def _count(self, mail: str, change: int) -> None:
+        self.open[self.days[mail]] += change
+        if not self.open[self.days[mail]]:
+            del self.open[self.days[mail]]
+
+
+def stream_order(sid: str) -> tuple[int, int]:
+    milliseconds, _, sequence = sid.partition("-")
+    return int(milliseconds), int(sequence)

@@ -1,0 +1,172 @@
+"""The reference record: what the standard library's parser (compat32 policy) makes of a mail, read in the plainest way.
+
+The oracle of tests/unit/test_parse_differential.py. It shares no code with src/mail and knows no bounds: never feed it hostile
+mail. It reads the parts that hold the text by RFC 8621 section 4.1.4, as src/mail/parse.py says it does.
+"""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import hashlib
+import io
+import re
+from dataclasses import dataclass
+from email.generator import BytesGenerator
+from email.header import decode_header
+from email.message import Message
+from email.utils import collapse_rfc2231_value, getaddresses
+from html.parser import HTMLParser
+
+Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`text`, `subject` and names without white space: how lines are broken and blanks collapsed is not compared."""
+
+    subject: str
+    senders: Pairs
+    recipients: Pairs
+    text: str
+    files: list[tuple[str, int, str]]
+    """Content type, decoded size, SHA-256."""
+
+
+_MESSAGE_TYPE = re.compile(rb"^(content-type:\s*)message/", re.IGNORECASE | re.MULTILINE)
+_KEPT_WHOLE = b"application/x-kept-whole-message."
+
+
+def reference(raw: bytes) -> Reference:
+    """The parser would open mails within the mail and lose their octets: under another type they are kept whole."""
+    mail = email.message_from_bytes(_MESSAGE_TYPE.sub(rb"\1" + _KEPT_WHOLE, raw), policy=email.policy.compat32)
+    texts, files = _split(mail)
+    return Reference(
+        subject=squeeze(_words(mail.get("subject", ""))),
+        senders=_people(mail, "from")[:1],
+        recipients=[person for name in ("to", "cc", "reply-to") for person in _people(mail, name)],
+        text=squeeze("".join(_text(part) for part in texts)),
+        files=[_file(part) for part in files],
+    )
+
+
+def squeeze(text: str) -> str:
+    """Without white space, control and format characters."""
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u200b-\u200d\u2060\ufeff]+", "", text)
+
+
+def _words(value: object) -> str:
+    raw = str(value) if isinstance(value, str) else str(getattr(value, "_chunks", [("", "")])[0][0])
+    pieces = []
+    for chunk, charset in decode_header(raw.replace("\r", "").replace("\n", "")):
+        octets = chunk if isinstance(chunk, bytes) else chunk.encode("ascii", "surrogateescape")
+        pieces.append(_decoded(octets, charset or ""))
+    return "".join(pieces)
+
+
+def _people(mail: Message, name: str) -> Pairs:
+    lines = [str(value).replace("\r", "").replace("\n", "") for value in _raw_values(mail, name)]
+    pairs = [(squeeze(_words(who)), squeeze(_words(address))) for who, address in getaddresses(lines)]
+    return [pair for pair in pairs if pair != ("", "")]
+
+
+def _raw_values(mail: Message, name: str) -> list[str]:
+    return [value for known, value in mail.raw_items() if known.lower() == name]
+
+
+def _split(mail: Message) -> tuple[list[Message], list[Message]]:
+    """(the parts shown as text, the attachments)."""
+    texts: list[tuple[int, int, Message]] = []
+    files: list[Message] = []
+    alternatives = 0
+
+    def visit(part: Message, around: str, number: int, alternative: int, branch: int) -> None:
+        nonlocal alternatives
+        kind = part.get_content_type()
+        if kind.startswith("multipart/") and isinstance(part.get_payload(), list):
+            opens = kind == "multipart/alternative" and not alternative
+            if opens:
+                alternatives += 1
+                alternative = alternatives
+            for child_number, child in enumerate(part.get_payload()):  # type: ignore[arg-type]
+                visit(child, kind, child_number, alternative, child_number + 1 if opens else branch)  # type: ignore[arg-type]
+        elif _is_text(part, around, number):
+            texts.append((alternative, branch, part))
+        else:
+            files.append(part)
+
+    visit(mail, "", 0, 0, 0)
+    shown: list[Message] = []
+    for at, (alternative, branch, part) in enumerate(texts):
+        rivals = [(rival.get_content_type() != "text/plain", n, b) for n, (a, b, rival) in enumerate(texts) if a == alternative]
+        filled = [rival for rival in rivals if _text(texts[rival[1]][2]).strip()] or rivals
+        html, _, best = min(filled)
+        if not alternative or (best == branch and html == (part.get_content_type() != "text/plain")):
+            shown.append(texts[at][2])
+    return shown, files
+
+
+def _is_text(part: Message, around: str, number: int) -> bool:
+    if part.get_content_disposition() == "attachment":
+        return False
+    kind = part.get_content_type()
+    if kind.startswith("multipart/"):  # without parts: its payload is a text
+        return True
+    if kind not in ("text/plain", "text/html"):
+        return False
+    return number == 0 or around == "multipart/alternative" or (around != "multipart/related" and not part.get_filename())
+
+
+def _text(part: Message) -> str:
+    octets = part.get_payload(decode=True)
+    charset = part.get_param("charset", "")
+    text = _decoded(octets if isinstance(octets, bytes) else b"", collapse_rfc2231_value(charset) if charset else "")
+    return _seen(text) if part.get_content_type() == "text/html" else text
+
+
+def _decoded(octets: bytes, charset: str) -> str:
+    same = {"us-ascii": "utf-8", "iso-8859-1": "cp1252", "unknown-8bit": "utf-8", "gb2312": "gb18030", "": "utf-8"}
+    for codec in (same.get(charset.lower(), charset), "utf-8", "cp1252"):
+        try:
+            return octets.decode(codec)
+        except (UnicodeError, LookupError):
+            continue
+    return octets.decode("latin-1")
+
+
+class _Seen(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = ""
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.hidden = self.hidden or (tag if tag in ("script", "style", "title") else "")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden = "" if tag == self.hidden else self.hidden
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self.hidden else data
+
+
+def _seen(markup: str) -> str:
+    reader = _Seen()
+    reader.feed(markup)
+    reader.close()
+    return reader.text
+
+
+def _file(part: Message) -> tuple[str, int, str]:
+    kind, octets = part.get_content_type(), part.get_payload(decode=True)
+    if isinstance(part.get_payload(), list):  # a part of a digest has no field that names its type
+        octets = b"".join(_octets(message) for message in part.get_payload() if isinstance(message, Message))
+    assert isinstance(octets, bytes)
+    octets = octets.replace(_KEPT_WHOLE, b"message/")
+    return kind.replace(_KEPT_WHOLE.decode(), "message/"), len(octets), hashlib.sha256(octets).hexdigest()
+
+
+def _octets(mail: Message) -> bytes:
+    written = io.BytesIO()
+    BytesGenerator(written, mangle_from_=False, maxheaderlen=0).flatten(mail, linesep="\r\n")
+    return written.getvalue()
