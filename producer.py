@@ -41,7 +41,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resync-from",
         metavar="DATE",
-        type=date.fromisoformat,
+        type=day,
         help="look again at all mail since DATE (2026-01-31), then go on",
     )
     parser.add_argument("--list-mailboxes", action="store_true", help="show the folders there are and those hidden, then end")
@@ -52,6 +52,13 @@ def arguments() -> argparse.ArgumentParser:
         "--parse", metavar="FILE", nargs="+", type=Path, help="print the record of message files as JSON lines, then end"
     )
     return parser
+
+
+def day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no date like 2026-01-31") from None
 
 
 def main() -> int:

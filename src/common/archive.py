@@ -54,7 +54,11 @@ class Store(Protocol):
         ...
 
     def write(self, path: str, data: bytes) -> None:
-        """Whole and durable when it returns, or not there at all."""
+        """Whole when it returns, or not there at all; durable once its name is settled."""
+        ...
+
+    def settle(self, path: str) -> None:
+        """Make the names of the files in this file's folder durable."""
         ...
 
     def read(self, path: str) -> bytes | None: ...
@@ -81,17 +85,16 @@ class Archive:
 
         A mail must be in the stream within a day and the retention, or it is swept. Raises ArchiveUnavailable.
         """
-        raw_ref = ref_of(raw)
-        with self._reaching("kept"):
-            self.store.write(_path(raw_ref), raw)
-        return raw_ref
+        return self.put_all([raw])[0]
 
     def put_all(self, raws: Sequence[bytes]) -> list[str]:
         """`put` for many mails, several at a time: a disk syncs eight files in little more time than one. Raises ArchiveUnavailable."""
-        if len(raws) < 2:
-            return [self.put(raw) for raw in raws]
-        with ThreadPoolExecutor(WRITERS) as pool:
-            return list(pool.map(self.put, raws))
+        raw_refs = [ref_of(raw) for raw in raws]
+        paths = [_path(raw_ref) for raw_ref in raw_refs]
+        with self._reaching("kept"), ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(self.store.write, paths, raws))
+            list(pool.map(self.store.settle, {path.rpartition("/")[0]: path for path in paths}.values()))
+        return raw_refs
 
     def get(self, raw_ref: str) -> bytes:
         """The mail of a reference, verified.
@@ -162,7 +165,7 @@ def ref_of(raw: bytes) -> str:
 
 def _path(raw_ref: str) -> str:
     digest = raw_ref.removeprefix("sha256:")
-    return f"{digest[:2]}/{digest[2:4]}/{digest}"
+    return f"{digest[0]}/{digest}"  # 16 folders: a batch of mails syncs each of them once
 
 
 def references(redis: RedisClient, keys: Keys) -> set[str]:
@@ -228,7 +231,7 @@ class Folder:
     def write(self, path: str, data: bytes) -> None:
         target = self.root / path
         self.root.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (self.root, self.root / ASIDE, target.parent.parent, target.parent):
+        for folder in (self.root, self.root / ASIDE, target.parent):
             _make(folder)
         handle, aside = tempfile.mkstemp(dir=self.root / ASIDE)
         try:
@@ -240,7 +243,10 @@ class Folder:
                 Path(aside).replace(target)
         finally:
             Path(aside).unlink(missing_ok=True)
-        _sync(target.parent)
+
+    def settle(self, path: str) -> None:
+        """fsync of the folder."""
+        _sync((self.root / path).parent)
 
     def read(self, path: str) -> bytes | None:
         try:
@@ -249,7 +255,7 @@ class Folder:
             return None
 
     def files(self) -> Iterator[tuple[str, float]]:
-        for pattern in (f"{ASIDE}/*", "[0-9a-f][0-9a-f]/[0-9a-f][0-9a-f]/*"):
+        for pattern in (f"{ASIDE}/*", "[0-9a-f]/*"):
             for file in self.root.glob(pattern):
                 if pattern.startswith(ASIDE) or _DIGEST.fullmatch(file.name):
                     with suppress(FileNotFoundError):
@@ -325,6 +331,9 @@ class Bucket:
         if not self.begun():
             with _foreign():
                 self._put(MARK, b"")
+
+    def settle(self, path: str) -> None:
+        """Nothing to do: `write` returned when the backend had it."""
 
     def _put(self, path: str, data: bytes) -> None:
         system, root = self._at

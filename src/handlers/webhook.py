@@ -40,7 +40,7 @@ from src.mail.record import Email
 Address = IPv4Address | IPv6Address
 Lookup = Callable[[str, int], Sequence[str]]
 
-NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are the IPv4 address that is reached
+CARRIERS = (IPv6Network("64:ff9b::/96"), IPv6Network("::/96"))  # RFC 6052 (NAT64), RFC 4291 2.5.5.1: IPv4 in the last 32 bits
 LONGEST_RETRY_AFTER = 86_400.0  # seconds
 LEAST_SECRET = 24  # bytes, as Standard Webhooks asks
 EXCERPT = 300  # bytes of a refusal's text that stand in the dead letter
@@ -231,10 +231,10 @@ def refusal(address: str, allowed: Sequence[IPv4Network | IPv6Network], *, encry
 
 
 def carried(address: Address) -> IPv4Address | None:
-    """The IPv4 address that an IPv6 address stands for: mapped, 6to4, NAT64."""
+    """The IPv4 address that an IPv6 address stands for: mapped, compatible, 6to4, NAT64."""
     if isinstance(address, IPv4Address):
         return None
-    if address in NAT64:
+    if any(address in network for network in CARRIERS):
         return IPv4Address(address.packed[-4:])
     return address.ipv4_mapped or address.sixtofour
 

@@ -310,8 +310,9 @@ class ImapMailbox:
         try:
             yield self._client
         except FOREIGN as error:
+            text = _parting_words(self._client) or _describe(error)
             self._cut()
-            raise _unavailable(_describe(error)) from error
+            raise _unavailable(text) from error
 
     def _cut(self) -> None:
         if self._client is not None:
@@ -594,6 +595,12 @@ def _describe(error: BaseException) -> str:
     words = [arg.decode("utf-8", "replace") if isinstance(arg, bytes) else str(arg) for arg in error.args]
     text = str(error) if isinstance(error, OSError) else " ".join(words)
     return _one_line(text) or type(error).__name__
+
+
+def _parting_words(client: Any) -> str:
+    """The text of BYE, where the server said it: IMAPClient reads on after it and reports the end of the stream."""
+    bye = client._imap.untagged_responses.get("BYE") or [b""]
+    return _one_line(bytes(bye[-1]).decode("utf-8", "replace"))
 
 
 def _one_line(text: str) -> str:

@@ -19,7 +19,8 @@ from src.mail.text import decode_charset, has_controls, one_line
 
 _WORD = re.compile(r"=\?([^?*\s]{1,64})(?:\*[^?\s]{0,64})?\?([bBqQ])\?(.*?)\?=", re.DOTALL)
 _ADDRESS_TOKEN = re.compile(
-    r'"((?:[^"\\]|\\.)*)"?|<((?:[^<>"]|"(?:[^"\\]|\\.){0,100}")*(?=>)|[^<>]*)>?|([(),;:>])|([^"(),;:<>]+)', re.DOTALL
+    r'"((?:[^"\\]|\\.)*)"?|<((?:[^<>"]|"(?:[^"\\]|\\.){0,100}")*(?=>)|[^<>]*)>?|([(),;:>])|((?:=\?[^?\s]{1,64}\?[bBqQ]\?[^?\s]{0,200}\?=|[^"(),;:<>=]+|=)+)',
+    re.DOTALL,
 )
 _LOCAL_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"?|\(|[^"(]+', re.DOTALL)
 _COMMENT_TOKEN = re.compile(r"\\.|[()]|[^\\()]+|\\", re.DOTALL)
@@ -191,6 +192,8 @@ def _mailbox(words: list[_Word], angle: str | None, comment: str) -> list[Addres
     with_at = [atom for atom in atoms if "@" in atom.text]
     chosen = next((atom for atom in reversed(with_at) if not atom.quoted), with_at[-1] if with_at else None)
     name = decode_words(" ".join(atom.text for atom in atoms if atom is not chosen))
+    if chosen is None and len(atoms) == 1 and not atoms[0].quoted and atoms[0].text == name:
+        return [Address(decode_words(comment), name)]  # a user of the sender's own machine
     if chosen is None:
         return [Address(name, "")] if name else []
     return [Address(name or decode_words(comment), _bare_address(chosen.text))]
@@ -260,8 +263,11 @@ def _joined(parts: dict[int, tuple[str, bool]]) -> str:
 
 
 def message_ids(value: str) -> tuple[str, ...]:
-    """Every `<…>` of a Message-ID, In-Reply-To or References field, brackets kept."""
-    return tuple(one_line(found) for found in _MESSAGE_ID.findall(value))
+    """Every `<…>` of a Message-ID, In-Reply-To or References field, brackets kept, comments and white space in them dropped."""
+    found = _MESSAGE_ID.findall(value)
+    if not found and "<" in value:
+        found = _MESSAGE_ID.findall("".join(_without_comments(value).split()))
+    return tuple(one_line(identifier) for identifier in found)
 
 
 def utc_date(value: str) -> str:

@@ -18,7 +18,7 @@ _LIMITS = Limits()
 _MOST_SUBJECT = 2_000  # characters
 _MOST_ID = 998  # characters: RFC 5322's longest line
 _MOST_DEFECTS = 30
-_DANGEROUS_IN_NAMES = re.compile('[\u200e\u200f\u202a-\u202e\u2066-\u2069<>:"|?*]')
+_MISLEADING_IN_NAMES = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _SENDER = re.compile(r".+@[^@]+")
 _BODY_TYPES: Final = {"text/plain": 0, "text/html": 1, "text/enriched": 2, "text/richtext": 3}
 """Rank of a type among the versions of one text."""
@@ -167,9 +167,10 @@ class _Body:
 
 
 def _bodies_and_files(message: Message) -> tuple[list[_Body], list[Part]]:
-    """The texts, place by place and the best version first, and the attachments: RFC 8621 section 4.1.4, but for what it shows twice.
+    """The texts, place by place and the best version first, and the attachments.
 
-    A multipart/alternative is one place; a version of it is what one of its branches holds of one type.
+    It is RFC 8621 section 4.1.4 with fewer surprises: a multipart/alternative is one place, a version of it is what one of its
+    branches holds of one type; its versions may have names; pictures are attachments wherever they stand.
     """
     places: dict[int, dict[tuple[str, int], list[Part]]] = {}
     files: list[Part] = []
@@ -195,7 +196,7 @@ def _is_attachment(part: Part, *, alone: bool) -> bool:
         return not (alone and unknown_text) or bool(part.file_name)
     if part.first or part.inside == "multipart/alternative":
         return False
-    return bool(part.file_name) or part.inside == "multipart/related"
+    return bool(part.file_name) or (part.inside == "multipart/related" and part.headers.has("content-id", "content-location"))
 
 
 def _text(raw: bytes, bodies: list[_Body], limits: Limits, defects: list[str]) -> tuple[str, bool]:
@@ -211,12 +212,11 @@ def _text(raw: bytes, bodies: list[_Body], limits: Limits, defects: list[str]) -
         most = min(unread, limits.body_text * (_MARKUP if part.content_type == "text/html" else _ENCODED))
         piece = _part_text(raw, part, most, defects)
         kept = cut_utf8(piece, room)
-        if kept:
+        if kept.strip():
             pieces.append(kept)
+            seen[body.place] = body.version
         if part.end - part.start > most or len(kept) < len(piece):
             return "\n\n".join(pieces), True
-        if not piece.isspace() and piece:
-            seen[body.place] = body.version
         room = max(0, room - len(kept.encode()) - 2)
         unread -= part.end - part.start
     return "\n\n".join(pieces), False
@@ -254,9 +254,9 @@ def _attachment(raw: bytes, part: Part, truncated: bool, defects: list[str]) -> 
 
 
 def _base_name(name: str) -> str:
-    """A file name that is only that: no path, no drive, nothing that a file system or a reader would take for another."""
+    """A file name that is only that: no path, and no marks that turn the direction of its letters around."""
     base = re.split(r"[/\\]", name)[-1]
-    base = one_line(_DANGEROUS_IN_NAMES.sub("", base)).strip(". ") if base.strip(". ") else ""
+    base = one_line(_MISLEADING_IN_NAMES.sub("", base)).strip(". ") if base.strip(". ") else ""
     return cut_utf8(base, 255)
 
 

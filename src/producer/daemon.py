@@ -16,8 +16,9 @@ from config.accounts import Account
 from config.settings import MailSettings, Settings
 from src.auth.credentials import Credentials, credentials_of
 from src.auth.oauth2_gmail import first_existing, read_token, token_files
+from src.common.archive import open_archive, references
 from src.common.clock import Clock
-from src.common.exceptions import ConfigurationError, ReauthRequired, TokenEndpointUnavailable, Transient
+from src.common.exceptions import ConfigurationError, MailboxMissing, ReauthRequired, TokenEndpointUnavailable, Transient
 from src.common.health import Beats, liveness
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
@@ -30,6 +31,7 @@ from src.producer.state_manager import Held, MarkerFile, StateManager
 log = logging.getLogger(__name__)
 
 FIRST_PORT = 8080
+SWEEP_SECONDS = 6 * 3600.0
 GMAIL_HOSTS = ("imap.gmail.com", "imap.googlemail.com")
 
 
@@ -90,7 +92,10 @@ class Producer:
         self.beats = Beats(clock)
         self.stopped = threading.Event()
         self._asked_for = ""
-        keys = Keys(settings.stream.name)
+        self.redis = redis
+        self.keys = keys = Keys(settings.stream.name)
+        place = settings.run.raw_archive
+        self.archive = open_archive(place.get_secret_value() if place else None, settings.run.data_dir)
 
         def mailbox(access: Access, name: str) -> Mailbox:
             account, mail = access.account.username, access.account.mail
@@ -107,6 +112,7 @@ class Producer:
                 new_id=lambda: secrets.token_hex(8),
                 shutdown=shutdown,
                 beats=self.beats,
+                archive=self.archive,
             )
 
         self.mailboxes = [mailbox(access, name) for access in accesses for name in access.account.mail.mailboxes]
@@ -131,6 +137,7 @@ class Producer:
         stop_endpoint = endpoint.serve(listener, lambda: liveness(self.beats.seen(), self.clock.monotonic()), shutdown)
         readers = [shutdown.guard(mailbox.title, mailbox.run) for mailbox in self.mailboxes]
         shutdown.guard("leases", self._keep_leases)
+        shutdown.guard("sweep", self._sweep)
         log.info("producer reads %s into %s", ", ".join(mailbox.title for mailbox in self.mailboxes), self.settings.stream.name)
 
         shutdown.add_step(10, "mailboxes", lambda: self._join(readers))
@@ -145,22 +152,28 @@ class Producer:
         log.info("stopped after %.1f s", self.clock.monotonic() - began)
 
     def run_once(self) -> None:
-        """Read what is there now, each mailbox in turn. Raises NoUsableToken if none could be read for want of a token."""
+        """Read what is there now, each mailbox in turn; one that cannot be read holds up no other.
+
+        Raises NoUsableToken if none could be read for want of a token, ConfigurationError for those that something else is wrong with.
+        """
         self.shutdown.guard("leases", self._keep_leases)
-        refused = []
+        refused: list[str] = []
+        wrong: list[str] = []
         for mailbox in self.mailboxes:
             try:
                 if not (self._asked_for and self._is_read_by_another(mailbox)):
                     mailbox.run_once()
-            except ReauthRequired as error:
+            except (ReauthRequired, MailboxMissing, ConfigurationError) as error:
                 log.error("%s: %s", mailbox.title, error)
-                refused.append(str(error))
+                (refused if isinstance(error, ReauthRequired) else wrong).append(str(error))
             finally:
                 mailbox.states.let_go()
         self.stopped.set()
         self._report()
         if len(refused) == len(self.mailboxes):
             raise NoUsableToken("; ".join(refused))
+        if wrong:
+            raise ConfigurationError("; ".join(wrong))
 
     def _is_read_by_another(self, mailbox: Mailbox) -> bool:
         held = isinstance(mailbox.pulse.ask_redis(lambda: mailbox.states.acquire(mailbox.settings.mail.lease)), Held)
@@ -188,6 +201,18 @@ class Producer:
                 mailbox.reader.resync = answer.resync
         except Transient as error:
             log.warning("%s: the lease could not be renewed: %s", mailbox.title, error)
+
+    def _sweep(self) -> None:
+        """Several times a day, remove raw mail that nobody needs any more."""
+        while self.archive is not None and not self.stopped.wait(SWEEP_SECONDS):
+            keep = self.settings.run.raw_retention_days * 86_400
+            try:
+                needed = references(self.redis, self.keys)
+                removed = self.archive.sweep(needed, older_than=keep, now=self.clock.wall())
+            except Transient as error:
+                log.warning("raw mail could not be swept: %s", error)
+            else:
+                log.info("raw mail: %d files removed, %d still needed", removed, len(needed))
 
     def _join(self, readers: list[threading.Thread]) -> None:
         deadline = self.clock.monotonic() + self.settings.run.shutdown_timeout

@@ -209,6 +209,8 @@ class Reader:
             found = session.uids_since(since - timedelta(days=1))
             log.info("%s: looking again at %d mails since %s", self.pulse.title, len(found), since)
             self._read_passed(session, state, found, partial(plan.counts_asked, f"{since}T00:00:00Z"))
+            if self.pulse.shutdown.requested:
+                return
             self.pulse.ask_redis(self.states.resync_done)
             self.resync = ""
         now = self.clock.monotonic()

@@ -2,7 +2,7 @@
 
 GET  /health  /ledger  /ledger?summary=1  /faults  /auth (Google's consent page)  /tokeninfo?access_token=T
 POST /consent (that page's buttons)  /token  /revoke  (forms)
-POST /deliver  /faults  /expire-tokens  /revoke-token  /new-uidvalidity  /expunge  /cut
+POST /deliver  /faults  /expire-tokens  /revoke-token  /password  /new-uidvalidity  /rename  /hide  /expunge  /cut
 """
 
 from __future__ import annotations
@@ -250,6 +250,27 @@ def _new_uidvalidity(sandbox: Sandbox, request: _Request) -> Mapping[str, object
     return {"uidvalidity": sandbox.change_uidvalidity(account, mailbox, shuffle=shuffle)}
 
 
+def _password(sandbox: Sandbox, request: _Request) -> Mapping[str, object]:
+    account, password = request.text("account"), request.text("password")
+    request.end()
+    sandbox.set_password(account, password)
+    return {"password": bool(password)}
+
+
+def _rename(sandbox: Sandbox, request: _Request) -> Mapping[str, object]:
+    account, mailbox, name = request.text("account"), request.text("mailbox"), request.text("name")
+    request.end()
+    sandbox.rename(account, mailbox, name)
+    return {"renamed": name}
+
+
+def _hide(sandbox: Sandbox, request: _Request) -> Mapping[str, object]:
+    account, mailbox, shown = request.text("account"), request.text("mailbox"), request.flag("shown")
+    request.end()
+    sandbox.hide(account, mailbox, hidden=not shown)
+    return {"hidden": not shown}
+
+
 def _expunge(sandbox: Sandbox, request: _Request) -> Mapping[str, object]:
     account, mailbox, uid = request.text("account"), request.text("mailbox", "INBOX"), request.integer("uid")
     request.end()
@@ -270,7 +291,10 @@ _ACTIONS: dict[str, Callable[[Sandbox, _Request], Mapping[str, object]]] = {
     "/faults": _faults,
     "/expire-tokens": _expire_tokens,
     "/revoke-token": _revoke_token,
+    "/password": _password,
     "/new-uidvalidity": _new_uidvalidity,
+    "/rename": _rename,
+    "/hide": _hide,
     "/expunge": _expunge,
     "/cut": _cut,
 }

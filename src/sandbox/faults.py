@@ -37,6 +37,8 @@ class Faults:
             "stall": self.stall,
             "bye": self.bye,
             "garbage": self.garbage,
+            "answer_no": self.answer_no,
+            "half_open": self.half_open,
             "ok_without_data": self.ok_without_data,
             "hide_uids": self.hide_uids,
             "mute_idle": self.mute_idle,
@@ -70,6 +72,19 @@ class Faults:
     def garbage(self, times: int = 1) -> None:
         """The next FETCH answers begin with a line that is not IMAP."""
         self._arm("garbage", times)
+
+    def answer_no(
+        self,
+        text: str = "[OVERQUOTA] Account exceeded command or bandwidth limits. (Failure)",
+        times: int = 1,
+        command: str = "FETCH",
+    ) -> None:
+        """The next commands of this name (UID or not) are answered NO with this text."""
+        self._arm("answer_no", times, text=_of(str, "text", text), command=_of(str, "command", command).upper())
+
+    def half_open(self, times: int = 1) -> None:
+        """The next session that hears a command, or that idles when there are news, says nothing any more and stays open."""
+        self._arm("half_open", times)
 
     def ok_without_data(self, uids: Sequence[int], times: int = 1, mailbox: str = "INBOX", bodies_only: bool = False) -> None:
         """The next FETCH commands (`bodies_only`: of BODY) that ask for one of these answer OK without their data."""
@@ -126,6 +141,15 @@ class Faults:
         """What a server asks at the occasion: the arguments, one strike used up; None: all is well."""
         with self._lock:
             return self._take(name)
+
+    def refusal(self, command: str) -> str | None:
+        """The text with which `command` is to be answered NO."""
+        with self._lock:
+            armed = self._armed.get("answer_no")
+            if armed is None or armed.details["command"] != command:
+                return None
+            self._take("answer_no")
+            return str(armed.details["text"])
 
     def allowance(self, size: int) -> int:
         """How many of `size` bytes may be sent; fewer than `size`: cut the connection after them."""

@@ -1,7 +1,7 @@
 """The sandbox's IMAP server: a thread a connection, Gmail's words, the mail of the `Store`, the accidents of `Faults`.
 
-Speaks what a reader of mail needs (CAPABILITY, ID, AUTHENTICATE XOAUTH2, LIST, EXAMINE, STATUS, SEARCH, FETCH, IDLE) and
-APPEND, CREATE; there is no LOGIN, as at Google. XOAUTH2: https://developers.google.com/workspace/gmail/imap/xoauth2-protocol.
+Speaks what a reader of mail needs (CAPABILITY, ID, AUTHENTICATE, LOGIN, LIST, EXAMINE, STATUS, SEARCH, FETCH, IDLE) and APPEND,
+CREATE. Passwords open only what was given one, as app passwords do. A session ends with its token. XOAUTH2: https://developers.google.com/workspace/gmail/imap/xoauth2-protocol.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import socket
 import socketserver
 import threading
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from src.sandbox import protocol
 from src.sandbox.faults import Faults
 from src.sandbox.protocol import Malformed, Value, text
 from src.sandbox.store import Entry, Rebuilt, Store, UnknownFolder, View, canonical
-from src.sandbox.tokens import SCOPE, Tokens
+from src.sandbox.tokens import SCOPE, Login, Tokens
 
 _CAPABILITIES = "IMAP4rev1 UNSELECT IDLE NAMESPACE ID XLIST CHILDREN{gmail} UIDPLUS ENABLE MOVE SPECIAL-USE SASL-IR"
 _CHALLENGE = base64.b64encode(b'{"status":"400","schemes":"Bearer","scope":"%b"}' % SCOPE.encode())
@@ -29,6 +30,9 @@ _LINE_LIMIT = 1024 * 1024  # a UID set of a whole mailbox is long
 _LITERAL_LIMIT = 64 * 1024 * 1024
 _FLUSH_AT = 64 * 1024
 _FETCH_STEP = 100
+_TOKEN_LOOK = 0.25  # seconds between two looks whether the token of a session that idles is over
+_TOO_MANY = "[ALERT] Too many simultaneous connections. (Failure)"
+_WRONG = "[AUTHENTICATIONFAILED] Invalid credentials (Failure)"
 _BEARER = re.compile(rb"user=([^\x01]*)\x01auth=Bearer ([^\x01]*)\x01\x01\Z")
 
 
@@ -51,14 +55,17 @@ class ImapServer(socketserver.ThreadingTCPServer):
     block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, host: str, port: int, store: Store, tokens: Tokens, faults: Faults) -> None:
+    def __init__(self, host: str, port: int, store: Store, tokens: Tokens, faults: Faults, *, connection_limit: int = 15) -> None:
         super().__init__((host, port), _Handler)
         self.store = store
         self.tokens = tokens
         self.faults = faults
+        self.connection_limit = connection_limit
         self.stopping = threading.Event()
         self._lock = threading.Lock()
         self._live: set[socket.socket] = set()
+        self._open: Counter[str] = Counter()
+        self._attempts: Counter[str] = Counter()
 
     def enter(self, connection: socket.socket) -> None:
         with self._lock:
@@ -67,6 +74,27 @@ class ImapServer(socketserver.ThreadingTCPServer):
     def leave(self, connection: socket.socket) -> None:
         with self._lock:
             self._live.discard(connection)
+
+    def admit(self, account: str) -> bool:
+        """One session more of the account, if it may have one; `dismiss` takes it back."""
+        with self._lock:
+            if self._open[account] >= self.connection_limit:
+                return False
+            self._open[account] += 1
+            return True
+
+    def dismiss(self, account: str) -> None:
+        with self._lock:
+            self._open[account] -= 1
+
+    def note_attempt(self, account: str) -> None:
+        with self._lock:
+            self._attempts[account] += 1
+
+    def attempts(self, account: str) -> int:
+        """How often somebody tried to log in as the account."""
+        with self._lock:
+            return self._attempts[account]
 
     def cut(self) -> int:
         """End every connection without a word; how many there were."""
@@ -93,11 +121,13 @@ class _Handler(socketserver.BaseRequestHandler):
         self.server.enter(self.request)
         if self.server.stopping.is_set():
             return
+        session = Session(_Wire(self.request, self.server.faults), self.server)
         try:
-            Session(_Wire(self.request, self.server.faults), self.server).run()
+            session.run()
         except (Hangup, OSError):
             return
         finally:
+            session.end()
             self.server.leave(self.request)
 
 
@@ -132,15 +162,18 @@ class _Wire:
         del self._in[:count]
         return octets
 
-    def line_waits(self, wake: socket.socket) -> bool:
-        """Block until the client said something (True) or `wake` has an octet (False)."""
+    def line_waits(self, wake: socket.socket, seconds: float) -> bool:
+        """Block until the client said something (True), `wake` has an octet (which is taken) or the time is over (False)."""
         self.flush()
         if self._in:
             return True
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         poll.register(wake, select.POLLIN)
-        return any(ready == self._socket.fileno() for ready, _ in poll.poll())
+        ready = {number for number, _ in poll.poll(seconds * 1000)}
+        if wake.fileno() in ready:
+            wake.recv(4096)
+        return self._socket.fileno() in ready
 
     def say(self, line: str) -> None:
         self.write(line.encode("utf-8", "surrogateescape") + b"\r\n")
@@ -179,6 +212,7 @@ class Session:
         self._store = server.store
         self._faults = server.faults
         self._account = ""
+        self._login: Login | None = None
         self._selected: _Selected | None = None
         self._capabilities = _CAPABILITIES.format(gmail=" X-GM-EXT-1" if server.store.gmail else "")
         self._any: dict[str, Command] = {
@@ -189,7 +223,7 @@ class Session:
         }
         self._before_login: dict[str, Command] = {
             "AUTHENTICATE": self._authenticate,
-            "LOGIN": self._login,
+            "LOGIN": self._by_login,
         }
         self._after_login: dict[str, Command] = {
             "NAMESPACE": self._namespace,
@@ -223,12 +257,20 @@ class Session:
             self._wire.say("* BYE The folder was rebuilt, please reconnect.")
             self._wire.flush()
 
+    def end(self) -> None:
+        """The connection is over."""
+        if self._account:
+            self._server.dismiss(self._account)
+
     def _command(self) -> None:
         parts = self._read_command()
         self._accidents()
         tag, name = _tag(parts[0]), ""
         try:
             tag, name, values = protocol.parse_command(parts)
+            word = text(values[0]).upper() if name == "UID" and values else name
+            if refusal := self._faults.refusal(word):
+                raise Refused(refusal)
             done = self._handler(name)(values)
             if name not in ("FETCH", "SEARCH"):
                 self._tell_news()
@@ -259,8 +301,20 @@ class Session:
     def _accidents(self) -> None:
         if stall := self._faults.take("stall"):
             self._server.stopping.wait(float(str(stall["seconds"])))
+        self._fall_silent()
+        self._end_with_token()
         if self._account and (bye := self._faults.take("bye")):
             self._wire.say(f"* BYE {bye['text']}")
+            self._hang_up()
+
+    def _fall_silent(self) -> None:
+        if self._account and self._faults.take("half_open") is not None:
+            self._server.stopping.wait()
+            raise Hangup
+
+    def _end_with_token(self) -> None:
+        if self._login and self._server.tokens.over(self._login):
+            self._wire.say("* BYE Session expired, please login again.")
             self._hang_up()
 
     def _hang_up(self) -> None:
@@ -285,7 +339,8 @@ class Session:
     # Any time
 
     def _capability(self, values: list[Value]) -> str:
-        self._wire.say(f"* CAPABILITY {self._capabilities}" + ("" if self._account else " AUTH=XOAUTH2"))
+        plain = " AUTH=PLAIN" if self._server.tokens.has_passwords else ""
+        self._wire.say(f"* CAPABILITY {self._capabilities}" + ("" if self._account else f" AUTH=XOAUTH2{plain}"))
         return "Thats all she wrote! (Success)"
 
     def _id(self, values: list[Value]) -> str:
@@ -298,38 +353,61 @@ class Session:
 
     # Before the login
 
-    def _login(self, values: list[Value]) -> str:
-        raise Refused("[ALERT] Application-specific password required: the sandbox knows XOAUTH2 only (Failure)")
+    def _by_login(self, values: list[Value]) -> str:
+        user, password = (text(value) for value in _exactly(2, values))
+        return self._enter_by_password(user, password)
 
     def _authenticate(self, values: list[Value]) -> str:
-        if not values or text(values[0]).upper() != "XOAUTH2":
-            raise Malformed("The only mechanism is XOAUTH2")
-        if refusal := self._faults.take("login_no"):
-            raise Refused(str(refusal["text"]))
-        if len(values) > 1:
-            response = text(values[1]).encode("utf-8", "surrogateescape")
-        else:
-            self._wire.say("+ ")
-            response = self._wire.line()
-        account = self._account_of(response)
-        if account is None:
-            self._wire.say(f"+ {_CHALLENGE.decode()}")
-            self._wire.line()
-            raise Refused("[AUTHENTICATIONFAILED] Invalid credentials (Failure)")
-        self._account = account
-        self._wire.say(f"* CAPABILITY {self._capabilities}")
-        return f"{account} authenticated (Success)"
-
-    def _account_of(self, response: bytes) -> str | None:
-        try:
-            match = _BEARER.match(base64.b64decode(response, validate=True))
-        except binascii.Error:
-            raise Malformed("Invalid SASL argument.") from None
+        mechanism = text(values[0]).upper() if values else ""
+        if mechanism not in (("XOAUTH2", "PLAIN") if self._server.tokens.has_passwords else ("XOAUTH2",)):
+            raise Malformed("Unknown SASL mechanism")
+        response = self._sasl_response(values[1:])
+        if mechanism == "PLAIN":
+            _, user, password = _exactly(3, [*response.decode("utf-8", "replace").split("\0")])
+            return self._enter_by_password(text(user), text(password))
+        match = _BEARER.match(response)
         if not match:
             raise Malformed("Invalid SASL argument.")
         user, token = (field.decode("utf-8", "replace") for field in match.groups())
-        account = self._server.tokens.account_of(token)
-        return account if account is not None and account.lower() == user.lower() else None
+        self._attempt(user)
+        login = self._server.tokens.login(token)
+        if login is None or login.account.lower() != user.lower():
+            self._wire.say(f"+ {_CHALLENGE.decode()}")
+            self._wire.line()
+            raise Refused(_WRONG)
+        return self._enter(login)
+
+    def _sasl_response(self, initial: list[Value]) -> bytes:
+        if initial:
+            response = text(initial[0]).encode("utf-8", "surrogateescape")
+        else:
+            self._wire.say("+ ")
+            response = self._wire.line()
+        try:
+            return base64.b64decode(response, validate=True)
+        except binascii.Error:
+            raise Malformed("Invalid SASL argument.") from None
+
+    def _enter_by_password(self, user: str, password: str) -> str:
+        self._attempt(user)
+        right = self._server.tokens.password_of(user)
+        if not right:
+            raise Refused("[ALERT] Application-specific password required: the sandbox gave this account none (Failure)")
+        if password != right:
+            raise Refused(_WRONG)
+        return self._enter(Login(user))
+
+    def _attempt(self, user: str) -> None:
+        self._server.note_attempt(user)
+        if refusal := self._faults.take("login_no"):
+            raise Refused(str(refusal["text"]))
+
+    def _enter(self, login: Login) -> str:
+        if not self._server.admit(login.account):
+            raise Refused(_TOO_MANY)
+        self._login, self._account = login, login.account
+        self._wire.say(f"* CAPABILITY {self._capabilities}")
+        return f"{login.account} authenticated (Success)"
 
     # After the login
 
@@ -426,10 +504,13 @@ class Session:
             self._store.watch(wake)
             try:
                 self._tell_news()
-                while not self._wire.line_waits(hears):
-                    hears.recv(4096)
-                    if self._has_news() and self._faults.take("mute_idle") is None:
-                        self._tell_news()
+                while not self._wire.line_waits(hears, _TOKEN_LOOK):
+                    self._end_with_token()
+                    if self._has_news():
+                        self._fall_silent()
+                        if self._faults.take("mute_idle") is None:
+                            self._tell_news()
+                self._fall_silent()
             finally:
                 self._store.unwatch(wake)
         if self._wire.line().upper() != b"DONE":

@@ -18,12 +18,13 @@ from pathlib import Path
 from types import TracebackType
 
 from src.common.clock import SYSTEM, Clock
+from src.sandbox import service_account
 from src.sandbox.control import ControlServer
 from src.sandbox.faults import Faults
 from src.sandbox.generator import Sample, generate
 from src.sandbox.imap_server import ImapServer
 from src.sandbox.store import Delivered, Store
-from src.sandbox.tokens import CLIENT_ID, CLIENT_SECRET, Tokens, write_client_secrets, write_token_file
+from src.sandbox.tokens import CLIENT_ID, CLIENT_SECRET, Tokens, write_client_secrets, write_private, write_token_file
 
 _STOP_POLL = 0.05  # seconds; how soon a listening thread sees that it is over
 
@@ -32,7 +33,8 @@ class Sandbox:
     """A context manager: serves while entered; its threads are daemons. May be entered again: same ports, same mail.
 
     `imap_port`, `http_port`: 0 takes any free port; while serving they are the real ones. `gmail=False`: a plain IMAP
-    server without X-GM-EXT-1 and All Mail. `token_lifetime`: seconds. OSError on enter: a port is taken.
+    server without X-GM-EXT-1 and All Mail. `token_lifetime`: seconds, of sessions too. `connection_limit`: most sessions of one
+    account at once. OSError on enter: a port is taken.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Sandbox:
         http_port: int = 0,
         gmail: bool = True,
         token_lifetime: float = 3600.0,
+        connection_limit: int = 15,
         clock: Clock = SYSTEM,
     ) -> None:
         self.host = host
@@ -52,6 +55,7 @@ class Sandbox:
         self.client_secret = CLIENT_SECRET
         self.faults = Faults()
         self.tokens = Tokens(token_lifetime, clock)
+        self._connection_limit = connection_limit
         self._clock = clock
         self._store = Store(gmail=gmail, clock=clock)
         self._servers: tuple[ImapServer, ControlServer] | None = None
@@ -65,7 +69,8 @@ class Sandbox:
         return f"http://{self.host}:{self.http_port}/auth"
 
     def start(self) -> None:
-        imap = ImapServer(self.host, self.imap_port, self._store, self.tokens, self.faults)
+        limit = self._connection_limit
+        imap = ImapServer(self.host, self.imap_port, self._store, self.tokens, self.faults, connection_limit=limit)
         try:
             control = ControlServer(self.host, self.http_port, self)
         except OSError:
@@ -138,6 +143,14 @@ class Sandbox:
         """The same mail in a further folder (in Gmail: under a further label); its UID there. KeyError: no such UID."""
         return self._store.copy(account, uid, mailbox, to)
 
+    def rename(self, account: str, mailbox: str, name: str) -> None:
+        """Call a folder otherwise, as a Gmail in another language does. UnknownFolder."""
+        self._store.rename(account, mailbox, name)
+
+    def hide(self, account: str, mailbox: str, *, hidden: bool = True) -> None:
+        """Gmail's "Show in IMAP" of a label, off or on again. UnknownFolder."""
+        self._store.hide(account, mailbox, hidden=hidden)
+
     def ledger(self) -> list[Delivered]:
         """Every mail ever delivered, once, in order."""
         return self._store.ledger()
@@ -146,6 +159,22 @@ class Sandbox:
         """A token file as after a consent: a living refresh token, no access token yet. Mode 0600."""
         self.add_account(account)
         write_token_file(path, account, self.tokens.refresh_token(account), self.token_uri, self._clock.wall())
+
+    def write_service_account_key(self, path: Path, *accounts: str) -> None:
+        """The key of a service account that may read `accounts` (until `revoke`). Mode 0600."""
+        for account in accounts:
+            self.add_account(account)
+        self.tokens.delegate(accounts)
+        write_private(path, service_account.key_file(self.token_uri))
+
+    def set_password(self, account: str, password: str) -> None:
+        """An app password: LOGIN and AUTHENTICATE PLAIN open the account with it from now on."""
+        self.add_account(account)
+        self.tokens.set_password(account, password)
+
+    def attempts(self, account: str) -> int:
+        """How often somebody tried to log in as the account, since the last start."""
+        return self._servers[0].attempts(account) if self._servers else 0
 
     def write_client_secrets(self, path: Path) -> None:
         """What GMAIL_CLIENT_SECRETS_FILE wants, for a consent of this sandbox's. Mode 0600."""
@@ -160,7 +189,7 @@ class Sandbox:
         self._store.expunge(account, mailbox, uid)
 
     def expire_tokens(self) -> None:
-        """Every access token is refused from now on; sessions that are logged in go on."""
+        """Every access token is refused from now on; sessions that are logged in go on to their end."""
         self.tokens.expire_all()
 
     def revoke(self, account: str) -> None:

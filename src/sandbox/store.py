@@ -16,17 +16,18 @@ from datetime import UTC, datetime
 
 from src.common.clock import Clock
 
-ALL_MAIL = "[Gmail]/All Mail"
 _FIRST_MSGID = 1_850_000_000_000_000_000  # as long as Gmail's: beyond what a JSON or Lua number holds exactly
 _FIRST_UIDVALIDITY = 600_000_000
 
 # RFC 6154 attributes, and the X-GM-LABELS name Gmail shows for a mail that stands there.
 _GMAIL_FOLDERS = {
     "INBOX": ("", "\\Inbox"),
-    ALL_MAIL: ("\\All", ""),
+    "[Gmail]/All Mail": ("\\All", ""),
     "[Gmail]/Drafts": ("\\Drafts", "\\Draft"),
+    "[Gmail]/Important": ("\\Important", "\\Important"),
     "[Gmail]/Sent Mail": ("\\Sent", "\\Sent"),
     "[Gmail]/Spam": ("\\Junk", "\\Spam"),
+    "[Gmail]/Starred": ("\\Flagged", "\\Starred"),
     "[Gmail]/Trash": ("\\Trash", "\\Trash"),
 }
 _PLAIN_FOLDERS = {
@@ -36,7 +37,7 @@ _PLAIN_FOLDERS = {
     "Junk": ("\\Junk", ""),
     "Trash": ("\\Trash", ""),
 }
-_OUTSIDE_ALL_MAIL = frozenset({ALL_MAIL, "[Gmail]/Spam", "[Gmail]/Trash"})
+_OUTSIDE_ALL_MAIL = frozenset({"\\All", "\\Junk", "\\Trash"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ class Entry:
 
 @dataclass
 class Folder:
-    """`uids` ascends and holds the keys of `entries`; `removals` counts expunges, so that a session knows when to compare."""
+    """`uids` ascends and holds the keys of `entries`; `removals` counts expunges, so that a session knows when to compare.
+    `hidden`: it is not shown over IMAP."""
 
     name: str
     special_use: str
@@ -83,6 +85,7 @@ class Folder:
     uidvalidity: int
     uidnext: int = 1
     removals: int = 0
+    hidden: bool = False
     uids: list[int] = field(default_factory=list)
     entries: dict[int, Entry] = field(default_factory=dict)
 
@@ -139,10 +142,24 @@ class Store:
             if canonical(mailbox) not in folders:
                 folders[mailbox] = Folder(mailbox, "", mailbox if self.gmail else "", self._new_uidvalidity())
 
-    def folders(self, account: str) -> list[tuple[str, str]]:
-        """(name, special-use attribute or "") of each folder."""
+    def rename(self, account: str, mailbox: str, name: str) -> None:
+        """Call a folder otherwise, as an account in another language does; sessions that have it open are ended."""
         with self._lock:
-            return [(folder.name, folder.special_use) for folder in self._accounts[account].values()]
+            folder = self._folder(account, mailbox)
+            self._accounts[account] = {name if held is folder else key: held for key, held in self._accounts[account].items()}
+            folder.name = name
+            self._tell_watchers()
+
+    def hide(self, account: str, mailbox: str, *, hidden: bool) -> None:
+        """Gmail's "Show in IMAP" of a label: what is hidden is neither listed nor opened."""
+        with self._lock:
+            self._folder(account, mailbox).hidden = hidden
+            self._tell_watchers()
+
+    def folders(self, account: str) -> list[tuple[str, str]]:
+        """(name, special-use attribute or "") of each folder that IMAP shows."""
+        with self._lock:
+            return [(folder.name, folder.special_use) for folder in self._accounts[account].values() if not folder.hidden]
 
     def deliver(
         self, account: str, mailbox: str, raw: bytes, *, internal_date: datetime | None, kind: str, flags: Iterable[str] = ()
@@ -158,8 +175,8 @@ class Store:
             self._next_msgid += 1
             folder = self._folder(account, mailbox)
             uid = self._show(folder, message, flags)
-            if self.gmail and folder.name not in _OUTSIDE_ALL_MAIL:
-                self._show(self._folder(account, ALL_MAIL), message, flags)
+            if self.gmail and folder.special_use not in _OUTSIDE_ALL_MAIL:
+                self._show(self._all_mail(account), message, flags)
             self._ledger.append(
                 Delivered(
                     account=account,
@@ -213,14 +230,14 @@ class Store:
 
     def status(self, account: str, mailbox: str) -> Status:
         with self._lock:
-            folder = self._folder(account, mailbox)
+            folder = self._shown_folder(account, mailbox)
             unseen = sum("\\Seen" not in entry.flags for entry in folder.entries.values())
             return Status(len(folder.uids), unseen, folder.uidnext, folder.uidvalidity)
 
     def view(self, account: str, mailbox: str) -> View:
         """A session's own picture of a folder."""
         with self._lock:
-            folder = self._folder(account, mailbox)
+            folder = self._shown_folder(account, mailbox)
             return View(folder.name, folder.uidvalidity, folder.removals, list(folder.uids))
 
     def entries(self, account: str, view: View, uids: Sequence[int]) -> list[tuple[int, Entry]]:
@@ -284,9 +301,18 @@ class Store:
         except KeyError:
             raise UnknownFolder(mailbox) from None
 
+    def _all_mail(self, account: str) -> Folder:
+        return next(folder for folder in self._accounts[account].values() if folder.special_use == "\\All")
+
+    def _shown_folder(self, account: str, mailbox: str) -> Folder:
+        folder = self._folder(account, mailbox)
+        if folder.hidden:
+            raise UnknownFolder(mailbox)
+        return folder
+
     def _seen_by(self, account: str, view: View) -> Folder:
-        folder = self._folder(account, view.name)
-        if folder.uidvalidity != view.uidvalidity:
+        folder = self._accounts[account].get(view.name)
+        if folder is None or folder.hidden or folder.uidvalidity != view.uidvalidity:
             raise Rebuilt
         return folder
 

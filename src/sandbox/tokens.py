@@ -1,7 +1,7 @@
-"""Google's token endpoint in small: codes, refresh tokens, access tokens that expire, and the verdicts on them.
+"""Google's token endpoint in small: codes, refresh tokens, service accounts, access tokens that expire, and the verdicts on them.
 
 Error bodies as Google sends them (RFC 6749, 5.2; https://developers.google.com/identity/protocols/oauth2/native-app).
-PKCE as in RFC 7636, the id token as in OpenID Connect Core 1.0, section 2, but unsigned.
+PKCE as in RFC 7636, service accounts as in RFC 7523, the id token as in OpenID Connect Core 1.0, section 2, but unsigned.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from src.common.clock import Clock, iso
+from src.sandbox import service_account
 
 SCOPE = "https://mail.google.com/"
 EMAIL_SCOPE = "https://www.googleapis.com/auth/userinfo.email"
 CLIENT_ID = "sandbox.apps.googleusercontent.example"
 CLIENT_SECRET = "sandbox-client-secret"  # noqa: S105 - opens nothing but the sandbox
+JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,16 @@ class _Access:
     until: datetime
 
 
+@dataclass(frozen=True)
+class Login:
+    """Whose mail is open, and until when (None: for good)."""
+
+    account: str
+    until: datetime | None = None
+
+
 class Tokens:
-    """Issues and judges tokens. `lifetime`: seconds an access token lives by the clock's wall time."""
+    """Issues and judges tokens, and knows the passwords. `lifetime`: seconds an access token lives by the clock's wall time."""
 
     def __init__(self, lifetime: float, clock: Clock) -> None:
         self._lifetime = lifetime
@@ -65,6 +75,8 @@ class Tokens:
         self._codes: dict[str, Consent] = {}
         self._refresh: dict[str, _Grant] = {}
         self._access: dict[str, _Access] = {}
+        self._passwords: dict[str, str] = {}
+        self._delegated: set[str] = set()
 
     def refresh_token(self, account: str) -> str:
         """The account's refresh token; a new one after `revoke`, as if its owner had consented again."""
@@ -82,6 +94,8 @@ class Tokens:
         """POST /token with the fields of a refresh request or of a code's exchange; the latter not `offline`: without a
         refresh token, as Google answers whom it has given one already.
         """
+        if form.get("grant_type") == JWT_BEARER:
+            return self._assert(form.get("assertion", ""))
         if form.get("grant_type") not in ("refresh_token", "authorization_code"):
             return _error(400, "unsupported_grant_type", f"Invalid grant_type: {form.get('grant_type', '')}")
         if (form.get("client_id"), form.get("client_secret")) != (CLIENT_ID, CLIENT_SECRET):
@@ -89,10 +103,32 @@ class Tokens:
         with self._lock:
             return self._exchange(form, offline) if form["grant_type"] == "authorization_code" else self._renew(form)
 
-    def account_of(self, access_token: str) -> str | None:
-        """The account whose mail a living access token opens."""
+    def login(self, access_token: str) -> Login | None:
+        """What a living access token opens."""
         access = self._living(access_token)
-        return access.grant.account if access and SCOPE in access.grant.scopes else None
+        return Login(access.grant.account, access.until) if access and SCOPE in access.grant.scopes else None
+
+    def over(self, login: Login) -> bool:
+        """Whether its token has expired: Gmail ends the session then."""
+        return login.until is not None and login.until <= self._clock.wall()
+
+    def set_password(self, account: str, password: str) -> None:
+        """From now on the account is opened by this password too ("": no more)."""
+        with self._lock:
+            self._passwords[account.lower()] = password
+
+    @property
+    def has_passwords(self) -> bool:
+        return any(self._passwords.values())
+
+    def password_of(self, account: str) -> str:
+        """ "" where it has none."""
+        return self._passwords.get(account.lower(), "")
+
+    def delegate(self, accounts: Iterable[str]) -> None:
+        """The service account may read these."""
+        with self._lock:
+            self._delegated |= set(accounts)
 
     def info(self, access_token: str) -> Answer:
         """GET /tokeninfo, also what Dovecot's oauth2 passdb asks."""
@@ -124,6 +160,23 @@ class Tokens:
         with self._lock:
             self._refresh = {token: grant for token, grant in self._refresh.items() if grant.account != account}
             self._access = {token: access for token, access in self._access.items() if access.grant.account != account}
+            self._delegated.discard(account)
+
+    def _assert(self, assertion: str) -> Answer:
+        """https://developers.google.com/identity/protocols/oauth2/service-account#authorizingrequests"""
+        claims = service_account.claims(assertion)
+        if claims is None:
+            return _error(400, "invalid_grant", "Invalid JWT Signature.")
+        account, scope = str(claims.get("sub", "")), str(claims.get("scope", ""))
+        with self._lock:
+            if account not in self._delegated or scope != SCOPE:
+                return _error(
+                    401,
+                    "unauthorized_client",
+                    "Client is unauthorized to retrieve access tokens using this method, or client not authorized for any of "
+                    "the scopes requested.",
+                )
+            return Answer(200, self._access_answer(_Grant(account, (SCOPE,))))
 
     def _exchange(self, form: Mapping[str, str], offline: bool) -> Answer:
         consent = self._codes.pop(form.get("code", ""), None)

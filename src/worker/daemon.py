@@ -152,6 +152,7 @@ class Worker:
     def _pulse(self) -> None:
         """A thread that holds the GIL for a lease starves the renewal: then the process ends and shows where it stood."""
         lease = self.settings.work.lease
+        faulthandler.dump_traceback_later(lease, exit=True)  # armed before the first mail is read
         while not self.stopped.wait(lease / 3):
             faulthandler.dump_traceback_later(lease, exit=True)
         faulthandler.cancel_dump_traceback_later()

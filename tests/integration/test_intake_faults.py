@@ -266,3 +266,15 @@ def test_revoked_token_holds_its_own_mailbox_only(gmail: tuple[Pipeline, Sandbox
         pipeline.write_token(pipeline.account)
         pipeline.wait_until_settled()
     pipeline.assert_accounted()
+
+
+def test_too_many_connections_is_rested_out(gmail: tuple[Pipeline, Sandbox]) -> None:
+    """Gmail refuses the login because of too many connections: no new consent is asked for, after a rest the mailbox is read."""
+    pipeline, sandbox = gmail
+    sandbox.faults.login_no("[ALERT] Too many simultaneous connections. (Failure)", times=2)
+    pipeline.deliver("one", "two")
+    with pipeline.producer(CONNECTIONS_WAIT="0.2") as producer, pipeline.worker():
+        pipeline.wait_until_settled()
+        assert "REAUTH_REQUIRED" not in producer.output()
+    pipeline.assert_accounted()
+    assert not sandbox.faults.state()

@@ -130,6 +130,43 @@ def test_server_frozen_for_longer_than_a_call_may_take(durable: Pipeline) -> Non
     assert durable.client.get(f"producer_state:{durable.account}:INBOX:email_count") == "41"
 
 
+def test_sigterm_while_redis_is_away(durable: Pipeline) -> None:
+    """The server dies, SIGTERM comes: both daemons end all the same with exit code 0; what was finished in vain is done again."""
+    held = durable.deliver("hold gate 1", "hold gate 2")
+    with durable.producer() as producer, durable.worker(SHUTDOWN_TIMEOUT="2") as worker:
+        durable.wait_for_begun(held)
+        durable.wait_for_uid(2)
+        durable.redis.kill9()
+        durable.open_gate("gate")
+        until(lambda: len(durable.lines("end")) == 2, DEADLINE, "both are finished, and nobody records it")
+        assert producer.terminate(DEADLINE) == 0
+        assert worker.terminate(DEADLINE) == 0
+    durable.redis.start()
+    durable.assert_accounted(waiting=held)
+    with durable.producer(), durable.worker():
+        durable.wait_until_settled()
+    durable.assert_accounted()
+    assert {line.attempt for line in durable.lines("begin")} == {1}
+
+
+def test_redis_out_of_memory(durable: Pipeline) -> None:
+    """At maxmemory intake waits and says so, while a worker that starts now can join, finish and bury mail; then intake goes on."""
+    used = int(durable.client.info("memory")["used_memory"])
+    durable.client.config_set("maxmemory-policy", "noeviction")
+    durable.client.config_set("maxmemory", used + 3_000_000)
+    orders = ["permanent" if number % 20 == 0 else "fail 1" if number % 7 == 0 else "fine" for number in range(120)]
+    ids = durable.deliver(*orders, body=b"0123456789abcdef\r\n" * 3000)
+    with durable.producer(PRODUCER_BATCH_SIZE="10") as producer:
+        producer.wait_for("Redis is away or full: .*maxmemory", DEADLINE)
+        read = int(durable.last_uid() or 0)
+        assert durable.client.xlen(STREAM) == read < 120, "a refused batch does not enter in part"
+        with durable.worker():
+            until(lambda: durable.last_uid() == "120" and not durable.client.xlen(STREAM), DEADLINE, "all went through")
+    durable.client.config_set("maxmemory", 0)  # at the limit the server also refuses the transaction that reads the books
+    dead = {email_id: "permanent" for email_id, order in zip(ids, orders, strict=True) if order == "permanent"}
+    durable.assert_accounted(dead=dead)
+
+
 def test_redis_away_at_start(sandbox: Sandbox, tmp_path: Path) -> None:
     """Both daemons start before Redis: they wait and say so, then work."""
     server = RedisServer("valkey", appendonly=True)

@@ -57,12 +57,12 @@ def mail_fields(number: int) -> dict[str, str]:
     }
 
 
-POOL = [mail_fields(number) for number in range(1, 6)]
+POOL = [mail_fields(number) for number in range(1, 121)]
 DAYS = {fields["email_id"]: open_field(ACCOUNT, MAILBOX, fields["internal_date"]) for fields in POOL}
 
 
 class LifeOfMail(RuleBasedStateMachine):
-    """`hands`: every delivery ever made, held or not: a worker that stood still uses it late."""
+    """`hands`: every delivery ever made, held or not: a worker that stood still uses it late. `seen`: mails of the pool published."""
 
     admin: redis.Redis
     redis: RedisClient
@@ -79,7 +79,7 @@ class LifeOfMail(RuleBasedStateMachine):
         self.highest: Counter[str] = Counter()
         self.ever: set[str] = set()
         self.state: State | None = None
-        self.batches = 0
+        self.batches = self.seen = 0
         self.states = StateManager(self.redis, self.keys, ACCOUNT, MAILBOX, "owner")
         assert self.states.acquire(HOUR) == Lease(1, None)
         for seat in self.seats.values():
@@ -90,7 +90,8 @@ class LifeOfMail(RuleBasedStateMachine):
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
         """A batch, known and unknown mail mixed; then the same call again, and one that expects what is past."""
-        chosen = data.draw(st.lists(st.sampled_from(POOL), max_size=4))
+        new = POOL[self.seen : self.seen + data.draw(st.integers(0, 3))]
+        chosen = [*new, *data.draw(st.lists(self._old_or_next(), max_size=2))]
         mails = [Mail(int(fields["uid"]), fields) for fields in chosen]
         email_ids = [fields["email_id"] for fields in chosen]
         before, self.batches = self.state, self.batches + 1
@@ -106,23 +107,22 @@ class LifeOfMail(RuleBasedStateMachine):
             assert ask(f"batch {self.batches}", self.states) == ("FULL", ())
             return
         assert ask(f"batch {self.batches}", self.states) == ("OK", tuple(fresh))
-        self.state = state
+        self.state, self.seen = state, self.seen + len(new)
         added = [email_id for email_id, new in zip(email_ids, fresh, strict=True) if new]
         for email_id, sid in zip(added, self._new_entries(), strict=True):
             self.model.published(email_id, sid)
         assert ask(f"batch {self.batches}", self.states) == ("ALREADY", ())
         assert ask("another batch", self.states) == ("STALE", ())
 
-    @rule(fields=st.sampled_from(POOL), times=st.integers(1, 2))
-    def copy_by_someone_else(self, fields: dict[str, str], times: int) -> None:
-        """XADD by hand of a mail, published before or not."""
+    @rule(data=st.data(), times=st.integers(0, 2))
+    def xadd_by_someone_else(self, data: st.DataObject, times: int) -> None:
+        """Copies of a mail, published before or not; or what is no mail at all."""
+        fields = data.draw(self._old_or_next())
         for _ in range(times):
             self._note(str(self.admin.xadd(self.keys.stream, fields)), fields["email_id"])  # type: ignore[arg-type]
-
-    @rule()
-    def garbage_by_someone_else(self) -> None:
-        sid = str(self.admin.xadd(self.keys.stream, {"hello": "world"}))
-        self._note(sid, f"foreign:{sid}")
+        if not times:
+            sid = str(self.admin.xadd(self.keys.stream, {"hello": "world"}))
+            self._note(sid, f"foreign:{sid}")
 
     def _note(self, sid: str, mail: str) -> None:
         self.model.seen_in_stream(sid, mail)
@@ -130,27 +130,34 @@ class LifeOfMail(RuleBasedStateMachine):
 
     # a worker takes
 
-    @rule(worker=st.sampled_from(WORKERS), most=st.integers(1, 3))
-    def read_new(self, worker: str, most: int) -> None:
-        self._read(worker, most)
+    @precondition(lambda self: self.model.entries)
+    @rule(data=st.data(), worker=st.sampled_from(WORKERS), most=st.integers(1, 3))
+    def take(self, data: st.DataObject, worker: str, most: int) -> None:
+        """New, abandoned or due mail."""
+        self._take(data, worker, most)
 
-    def _read(self, worker: str, most: int) -> list[Hand]:
+    def _take(self, data: st.DataObject, worker: str, most: int) -> list[Hand]:
+        ways = {"new": self._read_new, "flight": self._recover_any, "due": self._promote}
+        way = ways[data.draw(st.sampled_from([place for place in ways if self.model.in_place(place)]))]
+        return way(worker, most)
+
+    def _read_new(self, worker: str, most: int) -> list[Hand]:
         found = self.redis.read_new(self.keys.stream, GROUP, worker, count=most, block_ms=1)
         return self._took([Delivery(sid, 1, fields) for sid, fields in found], self.model.read(worker, most))
 
-    @rule(worker=st.sampled_from(WORKERS), most=st.integers(1, 3), mine=st.booleans(), lease=st.sampled_from([0.0, HOUR]))
-    def recover(self, worker: str, most: int, mine: bool, lease: float) -> None:
-        """With a lease of an hour only what was handed back may be taken. Not `mine`: a worker that knows nothing of its past."""
-        self._recover(worker, most, mine=mine, lease=lease)
+    @precondition(lambda self: self.model.in_place("flight"))
+    @rule(worker=st.sampled_from(WORKERS), most=st.integers(1, 3), lease=st.sampled_from([0.0, HOUR]))
+    def recover(self, worker: str, most: int, lease: float) -> None:
+        """Not what the worker itself is working on. With a lease of an hour only what was handed back."""
+        self._recover(worker, most, self.model.held_by(worker), lease)
 
-    def _recover(self, worker: str, most: int, *, mine: bool = True, lease: float = 0.0) -> list[Hand]:
-        busy = self.model.held_by(worker) if mine else []
+    def _recover_any(self, worker: str, most: int) -> list[Hand]:
+        """A worker that knows nothing of its own past."""
+        return self._recover(worker, most, [], 0.0)
+
+    def _recover(self, worker: str, most: int, busy: list[str], lease: float) -> list[Hand]:
         found = recovery.recover(self.seats[worker], lease=lease, most=most, in_flight=busy)
         return self._took(found, self.model.recover(worker, most, busy, only_handed_back=lease > 0))
-
-    @rule(worker=st.sampled_from(WORKERS), most=st.integers(1, 3))
-    def promote(self, worker: str, most: int) -> None:
-        self._promote(worker, most)
 
     def _promote(self, worker: str, most: int) -> list[Hand]:
         due = self.model.in_place("due")
@@ -166,25 +173,37 @@ class LifeOfMail(RuleBasedStateMachine):
         self.hands += expected
         return expected
 
+    # a worker's day
+
     @precondition(lambda self: self.model.entries)
-    @rule(worker=st.sampled_from(WORKERS), data=st.data(), solo=st.booleans())
-    def a_turn(self, worker: str, data: st.DataObject, solo: bool) -> None:
-        """What a worker does all day: take a few mails, begin them, and finish, fail or never finish each."""
-        ways = {"new": self._read, "flight": self._recover, "due": self._promote}
-        take = ways[data.draw(st.sampled_from([place for place in ways if self.model.in_place(place)]))]
-        taken = take(worker, 3)
-        self._bury_garbage(worker, taken)
-        started = self._begin(worker, self._mails_of_ours(taken), solo=solo)
+    @rule(data=st.data(), worker=st.sampled_from(WORKERS), solo=st.booleans())
+    def turn(self, data: st.DataObject, worker: str, solo: bool) -> None:
+        """Take a few mails, begin them, and finish, fail or never finish each."""
+        started = self._take_and_begin(data, worker, solo=solo)
         ends = {hand: data.draw(st.sampled_from(["done", "retry", "postpone", "bury", "never"])) for hand in started}
         self._complete(worker, [hand for hand, end in ends.items() if end == "done"])
         failed = [hand for hand, end in ends.items() if end not in ("done", "never")]
         self._fail(worker, failed, [ends[hand] for hand in failed])
 
-    @precondition(lambda self: self.model.in_place("flight"))
-    @rule(worker=st.sampled_from(WORKERS), solo=st.booleans())
-    def a_crash(self, worker: str, solo: bool) -> None:
-        """What a worker does that dies over its mail: take what others left, begin it, and no more."""
-        self._begin(worker, self._mails_of_ours(self._recover(worker, 3)), solo=solo)
+    @precondition(lambda self: self.model.entries)
+    @rule(data=st.data(), worker=st.sampled_from(WORKERS), solo=st.booleans())
+    def turn_cut_short(self, data: st.DataObject, worker: str, solo: bool) -> None:
+        """Take a few mails, begin them, and die."""
+        self._take_and_begin(data, worker, solo=solo)
+
+    def _take_and_begin(self, data: st.DataObject, worker: str, *, solo: bool) -> list[Hand]:
+        taken = self._take(data, worker, 3)
+        foreign = [hand for hand in taken if self._mail(hand).startswith("foreign:")]
+        self._fail(worker, foreign, ["foreign" for _ in foreign])
+        return self._begin(worker, taken, solo=solo)
+
+    @precondition(lambda self: self.hands)
+    @rule(worker=st.sampled_from(WORKERS))
+    def leave(self, worker: str) -> None:
+        """A consumer goes, but never one that holds something."""
+        recovery.leave(self.seats[worker])
+        names = {consumer["name"] for consumer in self.admin.xinfo_consumers(self.keys.stream, GROUP)}
+        assert (worker in names) == bool(self.model.held_by(worker))
 
     # a worker holds: now, or in the belief that it does
 
@@ -200,23 +219,16 @@ class LifeOfMail(RuleBasedStateMachine):
         worker, hands = self._some_hands(data)
         assert recovery.release(self.seats[worker], self._deliveries(hands)) == self.model.release(hands)
 
-    @rule(worker=st.sampled_from(WORKERS))
-    def leave(self, worker: str) -> None:
-        """A consumer goes, but never one that holds something."""
-        recovery.leave(self.seats[worker])
-        names = {consumer["name"] for consumer in self.admin.xinfo_consumers(self.keys.stream, GROUP)}
-        assert (worker in names) == bool(self.model.held_by(worker))
-
     @precondition(lambda self: self.hands)
     @rule(data=st.data(), solo=st.booleans())
     def begin(self, data: st.DataObject, solo: bool) -> None:
         worker, hands = self._some_hands(data)
-        self._begin(worker, self._mails_of_ours(hands), solo=solo)
+        self._begin(worker, hands, solo=solo)
 
     def _begin(self, worker: str, hands: list[Hand], *, solo: bool) -> list[Hand]:
         """Those that GO."""
-        started = []
-        mails = self._deliveries(hands)
+        hands = [hand for hand in hands if not self._mail(hand).startswith("foreign:")]
+        mails, started = self._deliveries(hands), []
         answers = idempotency.begin(self.seats[worker], mails, solo=solo, poison_starts=POISON_STARTS, now=NOW) if mails else []
         for hand, answer in zip(hands, answers, strict=True):
             expected = self.model.begin(hand, self._mail(hand), solo=solo)
@@ -240,21 +252,13 @@ class LifeOfMail(RuleBasedStateMachine):
         done = [Done(mail, "done", "{}") for mail in self._deliveries(hands)]
         if done:
             answers = idempotency.complete(self.seats[worker], done, processed_days=1, results_max=1000, results_days=1)
-            assert answers == [self.model.complete(hand, self._mail(hand)) for hand in hands]
+            assert answers == self.model.complete([(hand, self._mail(hand)) for hand in hands])
 
     @precondition(lambda self: any(hand.started for hand in self.hands))
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
         worker, hands = self._some_hands(data, started=True)
         self._fail(worker, hands, [data.draw(st.sampled_from(["retry", "retry", "postpone", "bury"])) for _ in hands])
-
-    @rule(worker=st.sampled_from(WORKERS))
-    def bury_garbage(self, worker: str) -> None:
-        self._bury_garbage(worker, [hand for hand in self.hands if hand.worker == worker])
-
-    def _bury_garbage(self, worker: str, hands: list[Hand]) -> None:
-        garbage = [hand for hand in hands if self._mail(hand).startswith("foreign:")]
-        self._fail(worker, garbage, ["foreign" for _ in garbage])
 
     def _fail(self, worker: str, hands: list[Hand], verbs: list[str]) -> None:
         failures = [
@@ -300,8 +304,9 @@ class LifeOfMail(RuleBasedStateMachine):
         books, fences = read_books(self.admin), self._fences()
         self._redis_holds_what_the_model_holds(books, fences)
         self._the_promise_holds(books, fences)
-        identities = [Identity(fields["email_id"], fields["internal_date"]) for fields in POOL]
-        unknown = [position for position, fields in enumerate(POOL) if not self.model.known(fields["email_id"])]
+        pool = POOL[: self.seen + 1]
+        identities = [Identity(fields["email_id"], fields["internal_date"]) for fields in pool]
+        unknown = [position for position, fields in enumerate(pool) if not self.model.known(fields["email_id"])]
         assert self.states.missing(identities, ACCOUNT) == unknown
 
     def _redis_holds_what_the_model_holds(self, books: Books, fences: dict[str, tuple[str, int]]) -> None:
@@ -342,15 +347,16 @@ class LifeOfMail(RuleBasedStateMachine):
 
     # helpers
 
+    def _old_or_next(self) -> st.SearchStrategy[dict[str, str]]:
+        """A mail that was published before, or the one that comes next."""
+        return st.sampled_from(POOL[max(0, self.seen - 8) : self.seen + 1])
+
     def _some_hands(self, data: st.DataObject, *, started: bool = False) -> tuple[str, list[Hand]]:
         """A few deliveries of one worker, lately made; those of other workers are not its to use."""
         recent = [hand for hand in self.hands if hand.started or not started][-HANDS_SEEN:]
         worker = data.draw(st.sampled_from(sorted({hand.worker for hand in recent})))
         own = [hand for hand in recent if hand.worker == worker]
         return worker, data.draw(st.lists(st.sampled_from(own), min_size=1, max_size=4, unique=True))
-
-    def _mails_of_ours(self, hands: list[Hand]) -> list[Hand]:
-        return [hand for hand in hands if not self._mail(hand).startswith("foreign:")]
 
     def _deliveries(self, hands: list[Hand]) -> list[Delivery]:
         return [Delivery(hand.sid, hand.count, self.fields[hand.sid]) for hand in hands]
@@ -369,7 +375,7 @@ class LifeOfMail(RuleBasedStateMachine):
 
 FULL = os.environ.get("TEST_ALL") == "1"
 PROFILE = settings(
-    max_examples=400 if FULL else 40,
+    max_examples=1_000 if FULL else 100,
     stateful_step_count=60 if FULL else 40,
     deadline=None,
     database=None,
@@ -397,29 +403,27 @@ MUTANTS = (
     Mutant("publish", "if state[1] ~= ARGV[1] then", "if false then"),
     Mutant("publish", "if uidvalidity ~= ARGV[3] or last_uid ~= ARGV[4] then", "if false then"),
     Mutant("publish", "mails[i].known = located[i]", "mails[i].known = false"),
-    Mutant("publish", "or done[i] == 1 end", "end"),
-    Mutant("publish", "if fresh > 0 and live >= tonumber(ARGV[13]) then", "if false then"),
     Mutant("begin", "if owned[mail.sid] ~= mail.count then", "if false then"),
     Mutant("begin", "mail.done or (location and location ~= here and stands(location))", "mail.done"),
-    Mutant(
-        "begin",
-        "mail.done or (location and location ~= here and stands(location))",
-        "location and location ~= here and stands(location)",
-    ),
-    Mutant("begin", "adopted[mail.id] = here"),
     Mutant("begin", "if last == nil or last == tag then", "if true then"),
-    Mutant("begin", "elseif solo >= tonumber(ARGV[3]) then", "elseif false then"),
     Mutant("complete", "if owned[mail.sid] ~= mail.count then", "if false then"),
-    Mutant("complete", "redis.call('XDEL', KEYS[1], unpack(sids))"),
-    Mutant("complete", "redis.call('SADD', KEYS[6 + set], unpack(part))"),
     Mutant("fail", "if owned[mail.sid] ~= mail.count then", "if false then"),
-    Mutant("fail", "if mail.verb ~= 'postpone' then", "if true then"),
-    Mutant("promote", "redis.call('ZREM', KEYS[4], member)"),
     Mutant("promote", "'|(%d+)$')) + 1", "'|(%d+)$'))"),
-    Mutant("recover", "if not busy[entry[1]] and", "if"),
     Mutant("recover", "'IDLE', ARGV[3],", "'IDLE', 0,"),
     Mutant("release", "if owned[sid] == count then", "if true then"),
     Mutant("renew", "owned[ARGV[i]] == ARGV[i + 1] and mine or lost", "mine"),
+)
+MORE_MUTANTS = (
+    Mutant("publish", "or done[i] == 1 end", "end"),
+    Mutant("publish", "if fresh > 0 and live >= tonumber(ARGV[13]) then", "if false then"),
+    Mutant("begin", "mail.done or (location and", "(location and"),
+    Mutant("begin", "adopted[mail.id] = here"),
+    Mutant("begin", "elseif solo >= tonumber(ARGV[3]) then", "elseif false then"),
+    Mutant("complete", "redis.call('XDEL', KEYS[1], unpack(sids))"),
+    Mutant("complete", "redis.call('SADD', KEYS[6 + set], unpack(part))"),
+    Mutant("fail", "if mail.verb ~= 'postpone' then", "if true then"),
+    Mutant("promote", "redis.call('ZREM', KEYS[4], member)"),
+    Mutant("recover", "if not busy[entry[1]] and", "if"),
     Mutant("replay", "redis.call('XDEL', KEYS[5], dead)\n    answer[#answer + 1] = 'OK'", "answer[#answer + 1] = 'OK'"),
     Mutant("discard", "redis.call('SADD', set, ARGV[i + 2])"),
     Mutant("reap", "consumer.pending == 0 and"),
@@ -427,10 +431,12 @@ MUTANTS = (
 
 
 @pytest.mark.usefixtures("server")
-@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+@pytest.mark.parametrize(
+    "mutant", [*MUTANTS, *(pytest.param(mutant, marks=pytest.mark.full) for mutant in MORE_MUTANTS)], ids=str
+)
 def test_a_guard_taken_out_is_seen(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is a check that can fail: without any one of these lines Redis and the model part."""
     mutant.install(monkeypatch)
-    hunt = settings(PROFILE, max_examples=100, derandomize=True, phases=[Phase.generate], print_blob=False)
+    hunt = settings(PROFILE, max_examples=500, derandomize=True, phases=[Phase.generate], print_blob=False)
     with pytest.raises(AssertionError):
         run_state_machine_as_test(LifeOfMail, settings=hunt)

@@ -156,6 +156,26 @@ def test_sigterm_hands_back_what_cannot_finish(pipeline: Pipeline) -> None:
     assert [line.attempt for line in pipeline.lines("begin")] == [1, 1, 1, 1]
 
 
+def test_sigterm_does_not_wait_for_mail_that_waits_to_run_alone(pipeline: Pipeline) -> None:
+    """Four mails were at work in a process that died; its heir has begun one of them alone when SIGTERM comes: the others go back."""
+    published(pipeline, *(f"hold gate {number}" for number in range(4)))
+    with pipeline.worker(LEASE_SECONDS="2") as victim:
+        pipeline.wait_for_begun(pipeline.delivered)
+        victim.kill9()
+    with pipeline.worker(LEASE_SECONDS="2", SHUTDOWN_TIMEOUT="600") as heir:
+        until(lambda: heir.pid in {line.pid for line in pipeline.lines("begin")}, DEADLINE, "one of them runs alone")
+        heir.send(signal.SIGTERM)
+        heir.wait_for("stopping: SIGTERM")
+        pipeline.open_gate("gate")
+        assert heir.exit_code(DEADLINE) == 0
+        assert "handed back 3 mails" in heir.output()
+    assert len(pipeline.books().stream) == 3
+    with pipeline.worker():
+        pipeline.wait_until_settled()
+    pipeline.assert_accounted()
+    assert len(pipeline.lines("begin")) == 4 + 4
+
+
 def test_second_signal_ends_the_worker_at_once(pipeline: Pipeline) -> None:
     """The second SIGTERM does not wait for the handler; its mail is taken over after the lease."""
     [held] = published(pipeline, "hold gate")

@@ -112,18 +112,20 @@ class FaultyTransport:
 
 
 class FaultySession:
-    """An ImapMailbox of one process: entering it and each call are round trips. A failed one ends the session, as it does there."""
+    """An ImapMailbox of one process: entering it and each call are round trips. A failed one ends the session, as it does there.
 
-    def __init__(self, real: ImapMailbox, process: Process) -> None:
+    `beside`: what another thread of the process does while this one waits for the answer.
+    """
+
+    folder: Folder
+
+    def __init__(self, real: ImapMailbox, process: Process, beside: Callable[[], None]) -> None:
         self._real = real
         self._process = process
-
-    @property
-    def folder(self) -> Folder:
-        return self._real.folder
+        self._beside = beside
 
     def __enter__(self) -> Self:
-        self._ask("login", self._real.__enter__)
+        self.folder = self._ask("login", self._real.__enter__).folder
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,7 +154,9 @@ class FaultySession:
 
     def _ask(self, what: str, send: Callable[[], Reply]) -> Reply:
         try:
-            return self._process.trip("imap", what, send, ImapUnavailable("lost on purpose"))
+            reply = self._process.trip("imap", what, send, ImapUnavailable("lost on purpose"))
+            self._beside()
         except (ImapUnavailable, Crash):
             self._real.__exit__(None, None, None)
             raise
+        return reply

@@ -26,6 +26,7 @@ from src.common.shutdown import Shutdown
 from src.imap.imap_client import ImapEndpoint, ImapMailbox
 from src.mail.record import Email
 from src.producer.mailbox import Mailbox
+from src.producer.reader import Session
 from src.producer.state_manager import MarkerFile, StateManager
 from src.worker import recovery
 from src.worker.consume import Consumer, Started
@@ -106,39 +107,25 @@ class World:
         return bool(self.admin.xlen(self.keys.stream) == 0)
 
     def access_token(self, *, refuse: str | None = None) -> str:
-        """The Tokens of every mailbox."""
+        """The Tokens of every mailbox: one that is never refused."""
         assert refuse is None
         return self.token
 
-
-class _BeatsThatRenew(Beats):
-    """The lease thread of a producer, which comes with every second sign of life of its mailbox."""
-
-    def __init__(self, clock: Clock) -> None:
-        super().__init__(clock)
-        self.mailbox: Mailbox | None = None
-        self._signs = count()
-
-    def turn(self, name: str, limit: float) -> None:
-        super().turn(name, limit)
-        if self.mailbox and self.mailbox.owns and next(self._signs) % 2:
-            with suppress(Transient):
-                self.mailbox.states.acquire(LEASE)
+    def stamp(self) -> object:
+        return self.token
 
 
 class InlineProducer:
-    """producer.py with one mailbox."""
+    """producer.py with one mailbox. Its lease thread comes whenever the mailbox waits for its IMAP server."""
 
     def __init__(self, world: World, process: Process) -> None:
         clock, redis_client = a_second_a_look(), RedisClient(FaultyTransport(world.transport, process))
-        beats = _BeatsThatRenew(clock)
         self.states = StateManager(redis_client, world.keys, world.account, MAILBOX, secrets.token_hex(8))
 
-
         def connect(token: str) -> AbstractContextManager[Session]:
-            return FaultySession(ImapMailbox(world.endpoint, world.account, MAILBOX, token), process)
+            return FaultySession(ImapMailbox(world.endpoint, world.account, MAILBOX, token), process, self._renew)
 
-        self.mailbox = beats.mailbox = Mailbox(
+        self.mailbox = Mailbox(
             settings=world.settings,
             account=world.account,
             name=MAILBOX,
@@ -149,21 +136,19 @@ class InlineProducer:
             clock=clock,
             new_id=lambda: secrets.token_hex(8),
             shutdown=HurriedShutdown(),
-            beats=beats,
+            beats=Beats(clock),
         )
 
+    def _renew(self) -> None:
+        if self.mailbox.owns:
+            with suppress(Transient):
+                self.states.acquire(LEASE)
+
     def run(self) -> None:
-        """Read the mailbox to its end, connecting again after what is transient, and let it go: a short `Mailbox.run`."""
-        for _ in range(10):
-            try:
-                self.mailbox.run_once()
-                break
-            except Transient:
-                continue
-        else:
-            raise Hangs("the producer connects again and again")
+        """Read the mailbox to its end and let it go."""
+        self.mailbox.run_once()
         self.mailbox.owns = False
-        with suppress(Transient):
+        with suppress(Transient):  # then a standby waits for the lease to end
             self.states.let_go()
 
 

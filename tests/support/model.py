@@ -162,16 +162,18 @@ class Model:
 
     # settling
 
-    def complete(self, hand: Hand, mail: str) -> str:
-        if not self.holds(hand):
-            return "ALREADY" if mail in self.processed else "LOST"
-        self.results[mail, "done"] += 1
-        self.processed.add(mail)
-        self._count(mail, -1)
-        del self.entries[hand.sid], self.index[mail]
-        self.starts.pop(mail, None)
-        self.tries.pop(mail, None)
-        return "OK"
+    def complete(self, batch: Sequence[tuple[Hand, str]]) -> list[str]:
+        """Of (delivery, email_id) each. All are judged before anything is written."""
+        verdicts = ["OK" if self.holds(hand) else "ALREADY" if mail in self.processed else "LOST" for hand, mail in batch]
+        for (hand, mail), verdict in zip(batch, verdicts, strict=True):
+            if verdict == "OK":
+                self.results[mail, "done"] += 1
+                self.processed.add(mail)
+                self._count(mail, -1)
+                del self.entries[hand.sid], self.index[mail]
+                self.starts.pop(mail, None)
+                self.tries.pop(mail, None)
+        return verdicts
 
     def fail(self, hand: Hand, mail: str, verb: str) -> tuple[str, int]:
         """DEAD is followed by `buried` with the id of the letter."""

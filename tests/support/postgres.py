@@ -62,14 +62,9 @@ class PostgresServer:
         self._process: ChildProcess | None = None
 
     def __enter__(self) -> Self:
-        subprocess.run(
-            [*self._as_owner, self._binaries / "initdb", "-D", self._directory / "data", "-U", OWNER, "-A", "trust", "-E", "UTF8"]
-            + ["--locale=C.UTF-8", "--no-sync"],
-            check=True,
-            capture_output=True,
-            env=ENVIRONMENT,
-            cwd=self._directory,
-        )
+        options = ["-D", self._directory / "data", "-U", OWNER, "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]
+        argv = [*self._as_owner, self._binaries / "initdb", *options]
+        subprocess.run(argv, check=True, capture_output=True, env=ENVIRONMENT, cwd=self._directory)
         self.start()
         return self
 

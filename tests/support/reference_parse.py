@@ -45,8 +45,8 @@ def reference(raw: bytes) -> Reference:
         subject=squeeze(_words(mail.get("subject", ""))),
         senders=_people(mail, "from")[:1],
         recipients=[person for name in ("to", "cc", "reply-to") for person in _people(mail, name)],
-        text=squeeze("".join(_text(part) for part in texts)),
-        files=[_file(part) for part in files],
+        text=squeeze("".join(texts)).replace(_KEPT_WHOLE.decode(), "message/"),
+        files=[_file(part, "\r\n" if b"\r\n" in raw else "\n") for part in files],
     )
 
 
@@ -74,9 +74,20 @@ def _raw_values(mail: Message, name: str) -> list[str]:
     return [value for known, value in mail.raw_items() if known.lower() == name]
 
 
-def _split(mail: Message) -> tuple[list[Message], list[Message]]:
-    """(the parts shown as text, the attachments)."""
-    texts: list[tuple[int, int, Message]] = []
+@dataclass(frozen=True, order=True)
+class _Version:
+    """A text; the least of one alternative is shown."""
+
+    html: bool
+    number: int
+    alternative: int
+    branch: int
+    text: str
+
+
+def _split(mail: Message) -> tuple[list[str], list[Message]]:
+    """(the texts that are shown, the attachments)."""
+    texts: list[_Version] = []
     files: list[Message] = []
     alternatives = 0
 
@@ -88,21 +99,20 @@ def _split(mail: Message) -> tuple[list[Message], list[Message]]:
             if opens:
                 alternatives += 1
                 alternative = alternatives
-            for child_number, child in enumerate(part.get_payload()):  # type: ignore[arg-type]
-                visit(child, kind, child_number, alternative, child_number + 1 if opens else branch)  # type: ignore[arg-type]
+            for child_number, child in enumerate(part.get_payload()):
+                visit(child, kind, child_number, alternative, child_number + 1 if opens else branch)
         elif _is_text(part, around, number):
-            texts.append((alternative, branch, part))
+            texts.append(_Version(part.get_content_type() != "text/plain", len(texts), alternative, branch, _text(part)))
         else:
             files.append(part)
 
     visit(mail, "", 0, 0, 0)
-    shown: list[Message] = []
-    for at, (alternative, branch, part) in enumerate(texts):
-        rivals = [(rival.get_content_type() != "text/plain", n, b) for n, (a, b, rival) in enumerate(texts) if a == alternative]
-        filled = [rival for rival in rivals if _text(texts[rival[1]][2]).strip()] or rivals
-        html, _, best = min(filled)
-        if not alternative or (best == branch and html == (part.get_content_type() != "text/plain")):
-            shown.append(texts[at][2])
+    shown: list[str] = []
+    for version in texts:
+        rivals = [rival for rival in texts if rival.alternative == version.alternative]
+        best = min([rival for rival in rivals if rival.text.strip()] or rivals)
+        if not version.alternative or (version.html, version.branch) == (best.html, best.branch):
+            shown.append(version.text)
     return shown, files
 
 
@@ -114,7 +124,9 @@ def _is_text(part: Message, around: str, number: int) -> bool:
         return True
     if kind not in ("text/plain", "text/html"):
         return False
-    return number == 0 or around == "multipart/alternative" or (around != "multipart/related" and not part.get_filename())
+    if number == 0 or around == "multipart/alternative":
+        return True
+    return not part.get_filename() and not (around == "multipart/related" and (part["content-id"] or part["content-location"]))
 
 
 def _text(part: Message) -> str:
@@ -138,7 +150,7 @@ class _Seen(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.hidden = ""
-        self.text = ""
+        self.text: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
         self.hidden = self.hidden or (tag if tag in ("script", "style", "title") else "")
@@ -147,26 +159,27 @@ class _Seen(HTMLParser):
         self.hidden = "" if tag == self.hidden else self.hidden
 
     def handle_data(self, data: str) -> None:
-        self.text += "" if self.hidden else data
+        if not self.hidden:
+            self.text.append(data)
 
 
 def _seen(markup: str) -> str:
     reader = _Seen()
     reader.feed(markup)
     reader.close()
-    return reader.text
+    return "".join(reader.text)
 
 
-def _file(part: Message) -> tuple[str, int, str]:
+def _file(part: Message, line_end: str) -> tuple[str, int, str]:
     kind, octets = part.get_content_type(), part.get_payload(decode=True)
     if isinstance(part.get_payload(), list):  # a part of a digest has no field that names its type
-        octets = b"".join(_octets(message) for message in part.get_payload() if isinstance(message, Message))
+        octets = b"".join(_octets(message, line_end) for message in part.get_payload() if isinstance(message, Message))
     assert isinstance(octets, bytes)
     octets = octets.replace(_KEPT_WHOLE, b"message/")
     return kind.replace(_KEPT_WHOLE.decode(), "message/"), len(octets), hashlib.sha256(octets).hexdigest()
 
 
-def _octets(mail: Message) -> bytes:
+def _octets(mail: Message, line_end: str) -> bytes:
     written = io.BytesIO()
-    BytesGenerator(written, mangle_from_=False, maxheaderlen=0).flatten(mail, linesep="\r\n")
+    BytesGenerator(written, mangle_from_=False, maxheaderlen=0).flatten(mail, linesep=line_end)
     return written.getvalue()

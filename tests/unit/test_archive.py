@@ -60,7 +60,7 @@ def folder(root: Path) -> Archive:
 
 def path_of(raw_ref: str) -> str:
     digest = raw_ref.removeprefix("sha256:")
-    return f"{digest[:2]}/{digest[2:4]}/{digest}"
+    return f"{digest[0]}/{digest}"
 
 
 def files_below(root: Path) -> set[str]:

@@ -223,7 +223,7 @@ def test_one_file_takes_one_account(sandbox: Sandbox, tmp_path: Path) -> None:
     command = ("-m", "src.auth.oauth2_gmail", "--setup", "--no-browser", "--token-file", str(tmp_path / "t.json"))
     with setting_up(tmp_path, sandbox, *command, GMAIL_USERNAME=f"{ANN},{BOB}") as process:
         printed, _ = process.communicate(timeout=20)
-    assert (process.returncode, printed) == (2, f"--token-file is for one account, not for {ANN}, {BOB}\n")
+    assert (process.returncode, printed) == (2, f"TOKEN_FILE: is of one account, not of {ANN}, {BOB}; give each its own\n")
 
 
 def test_the_sandbox_of_the_flag_consents_too(tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ def test_a_token_without_the_mail_scope_opens_no_mailbox(sandbox: Sandbox) -> No
     address = f"{sandbox.auth_uri}?{urlencode({**query, 'code_challenge': challenge_of('v'), 'code_challenge_method': 'S256'})}"
     code = dict(parse_qsl(urlsplit(redirected(address, mail="off")).query))["code"]
     token = str(exchange(sandbox, code=code, redirect_uri=back, code_verifier="v")[1]["access_token"])
-    assert sandbox.tokens.account_of(token) is None
+    assert sandbox.tokens.login(token) is None
     info = json.loads(visit(f"http://127.0.0.1:{sandbox.http_port}/tokeninfo?access_token={token}")[1])
     assert (info["email"], SCOPE in info["scope"]) == (ANN, False)
 
@@ -632,7 +632,7 @@ def test_revoke_ends_the_consent_and_removes_the_file(
     token = read_token(path)
     assert main(["--revoke", "--token-file", str(path)]) == 0
     assert not path.exists()
-    assert sandbox.tokens.account_of(access) is None
+    assert sandbox.tokens.login(access) is None
     write_token(path, token)
     with pytest.raises(ReauthRequired, match="invalid_grant"):
         TokenSource(path, ANN).access_token(refuse=access)

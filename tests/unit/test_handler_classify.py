@@ -46,7 +46,10 @@ def test_highest_priority_and_all_labels_in_order_of_the_rules() -> None:
         {"label": "money", "keywords": ["payment"]},
         {"label": "other", "keywords": ["nothing of this mail"], "priority": "urgent"},
     )
-    assert classify.classify(given, email("Invoice", "payment … unsubscribe")) == {"priority": "high", "labels": ["money", "news"]}
+    assert classify.classify(given, email("Invoice", "payment … unsubscribe")) == {
+        "priority": "high",
+        "labels": ["money", "news"],
+    }
 
 
 def test_low_is_not_raised_by_the_default() -> None:
@@ -78,7 +81,9 @@ def test_case_folding_of_sharp_s() -> None:
     assert labels("STRASSE", email("Große Straße")) == ["found"]
 
 
-@pytest.mark.parametrize(("keyword", "text"), [("pay", "payload"), ("pay", "repay"), ("17", "2017"), ("in.oice", "invoice"), (".*", "all")])
+@pytest.mark.parametrize(
+    ("keyword", "text"), [("pay", "payload"), ("pay", "repay"), ("17", "2017"), ("in.oice", "invoice"), (".*", "all")]
+)
 def test_not_found_inside_words_and_no_pattern(keyword: str, text: str) -> None:
     """A keyword is no part of a longer word or number, and its characters mean themselves."""
     assert labels(keyword, email(text=text)) == []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from src.handlers.jsonl import append
 from src.mail.record import Email
 from src.worker.processor import Context
 from tests.support.daemons import ROOT
+from tests.support.wait import until
 
 CONTEXT = Context("gm:a@example.org:1", 1, 0, logging.getLogger("handler"))
 LINE = b'{"email_id":"gm:a@example.org:1","n":1}\n'
@@ -88,14 +92,12 @@ def test_a_whole_object_gets_its_line_end(tmp_path: Path, whole: bytes) -> None:
     assert path.read_bytes() == LINE + whole + b"\n" + OTHER
 
 
-@pytest.mark.parametrize("content", [b"not a line of ours", LINE + b"secret notes", b'{"email_id"' + b"x" * 2_000_000, b"{"])
+@pytest.mark.parametrize(
+    "content", [b"not a line of ours", LINE + b"secret notes", b'{"email_id"' + b"x" * 2_000_000, b"\0" * 2_000_000]
+)
 def test_another_file_is_left_alone(path: Path, content: bytes) -> None:
     """A file that does not end as this handler's files do is not touched; the worker does not start on it."""
     path.write_bytes(content)
-    if content == b"{":
-        jsonl.prepare()
-        assert path.read_bytes() == b""
-        return
     with pytest.raises(ConfigurationError, match=r"^JSONL_PATH=.*is it the right file\?$"):
         jsonl.prepare()
     assert path.read_bytes() == content
@@ -115,6 +117,22 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "27", done.stderr  # EFBIG
     assert path.read_bytes() == LINE
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="looks at Linux's table of locks")
+def test_a_line_that_is_being_written_is_waited_for(tmp_path: Path) -> None:
+    """Another writer is in the middle of its line: it is not taken for a torn one, the next line comes behind it."""
+    path = tmp_path / "f"
+    with path.open("ab", buffering=0) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(LINE[:20])
+        writer = threading.Thread(target=append, args=(path, OTHER))
+        writer.start()
+        waits = re.compile(rf"-> FLOCK .*:{path.stat().st_ino} ")
+        until(lambda: waits.search(Path("/proc/locks").read_text()), what="the second writer waits for the lock")
+        other.write(LINE[20:])
+    writer.join()
+    assert path.read_bytes() == LINE + OTHER
 
 
 def test_many_processes_and_a_kill(tmp_path: Path) -> None:
@@ -158,10 +176,10 @@ def test_settings_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("JSONL_PATH", raising=False)
     monkeypatch.chdir(tmp_path)
     jsonl.prepare.cache_clear()
-    with pytest.raises(ConfigurationError, match="^JSONL_PATH is not set: the file that lines are appended to"):
+    with pytest.raises(ConfigurationError, match=r"^JSONL_PATH is not set: the file that lines are appended to"):
         jsonl.prepare()
     monkeypatch.setenv("JSONL_PATH", str(tmp_path / "none" / "f"))
-    with pytest.raises(ConfigurationError, match="^JSONL_PATH=.*No such file or directory"):
+    with pytest.raises(ConfigurationError, match=r"^JSONL_PATH=.*No such file or directory"):
         jsonl.prepare()
 
 

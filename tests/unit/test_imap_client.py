@@ -22,7 +22,7 @@ import pytest
 
 from src.auth.oauth2_gmail import TokenSource
 from src.common.exceptions import ConfigurationError, ImapThrottled, ImapUnavailable, LoginRefused, MailboxMissing, ReauthRequired
-from src.imap.imap_client import Folder, ImapEndpoint, ImapMailbox, Meta, throttled, xoauth2
+from src.imap.imap_client import Folder, ImapEndpoint, ImapMailbox, Listed, Meta, list_mailboxes, session_over, throttled, xoauth2
 from src.sandbox.server import Sandbox
 from tests.support.servers import Dovecot, have_dovecot, need
 from tests.support.wait import until
@@ -888,7 +888,6 @@ def test_a_gmail_is_read_with_its_ids_and_labels(sandbox: Sandbox, tmp_path: Pat
         ]
         assert box.bodies([*uids, 999]) == {uid: MAIL + b"%d" % n for n, uid in enumerate(uids)}
         assert box.head(uids[0], 10) == MAIL[:10]
-        assert "\\All" in box.folders()["[Gmail]/All Mail"]
         assert arrive(box, lambda: sandbox.deliver(ACCOUNT, b"Subject: new\r\n\r\n"))
         assert box.folder.exists == 4
         assert len(box.uids_from(uids[-1] + 1)) == 1
@@ -943,7 +942,6 @@ def test_dovecot_is_read_over_tls_and_left_untouched(dovecot: Dovecot, tmp_path:
         }
         assert box.bodies([1, 2, 3]) == {1: MAIL + b"0", 2: MAIL + b"1"}
         assert box.head(1, 10) == MAIL[:10]
-        assert "Entwürfe" in box.folders()
         assert arrive(box, lambda: dovecot.deliver(account, MAIL, mailbox="Entwürfe"))
         assert (box.folder.exists, box.uids_from(3)) == (3, [3])
         assert box.refresh().exists == 3
@@ -968,3 +966,148 @@ def test_a_killed_dovecot_is_noticed_in_idle(tmp_path: Path) -> None:
         token = TokenSource(path, ACCOUNT).access_token()
         with ImapMailbox(endpoint, ACCOUNT, "INBOX", token) as box, pytest.raises(ImapUnavailable):
             arrive(box, own.kill9)
+
+
+# passwords
+
+
+def by_password(server: Server, password: str, account: str = ACCOUNT) -> ImapMailbox:
+    return ImapMailbox(ImapEndpoint("127.0.0.1", server.port, "none", 10.0, None, "password"), account, "INBOX", password)
+
+
+def plain(server: Server) -> bytes:
+    """AUTHENTICATE PLAIN, answered as XOAUTH2 is."""
+    server.push(b"+ \r\n")
+    server.line()
+    return b"TAG OK welcome\r\n"
+
+
+def test_a_password_goes_by_plain_where_it_is_offered() -> None:
+    """Any characters reach the server, as UTF-8 (RFC 4616)."""
+    capabilities = b"IMAP4rev1 AUTH=PLAIN LOGINDISABLED"
+    with serving({"AUTHENTICATE PLAIN": plain}, capabilities=capabilities) as server, by_password(server, "pä ss\\wörd"):
+        said = server.heard[server.heard.index(next(line for line in server.heard if "AUTHENTICATE PLAIN" in line)) + 1]
+    assert base64.b64decode(said).decode() == f"\0{ACCOUNT}\0pä ss\\wörd"
+
+
+def test_a_password_goes_by_login_elsewhere() -> None:
+    """Quoted as RFC 3501 wants it."""
+    with serving({"LOGIN": OK}, capabilities=b"IMAP4rev1") as server, by_password(server, 'pa"ss\\word'):
+        assert f'LOGIN {ACCOUNT} "pa\\"ss\\\\word"' in server.commands()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "password", "told"),
+    [(b"IMAP4rev1 LOGINDISABLED", "x", "LOGINDISABLED"), (b"IMAP4rev1", "pässword", "cannot carry a password")],
+)
+def test_no_way_to_log_in_with_a_password(capabilities: bytes, password: str, told: str) -> None:
+    """Nothing is sent, and it is no network error that would be repeated for ever."""
+    with serving({}, capabilities=capabilities) as server:
+        with pytest.raises(ConfigurationError, match=told), by_password(server, password):
+            pass
+        assert not [command for command in server.commands() if command.startswith(("LOGIN", "AUTHENTICATE"))]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "told"),
+    [
+        ("[AUTHENTICATIONFAILED] Invalid credentials (Failure)", LoginRefused, "AUTHENTICATIONFAILED"),
+        ("[ALERT] Application-specific password required (Failure)", LoginRefused, "Application-specific"),
+        ("[ALERT] Too many simultaneous connections. (Failure)", ImapThrottled, "Too many"),
+        ("[UNAVAILABLE] Temporary authentication failure.", ImapUnavailable, "UNAVAILABLE"),
+        ("[ALERT] IMAP access is disabled for your domain. (Failure)", ReauthRequired, f"switched off for {ACCOUNT}"),
+        ("[ALERT] Your account is not enabled for IMAP use. (Failure)", ReauthRequired, "section 1"),
+    ],
+)
+@pytest.mark.parametrize("command", ["LOGIN", "AUTHENTICATE PLAIN"])
+def test_a_refused_password_by_the_servers_words(command: str, answer: str, error: type[Exception], told: str) -> None:
+    """Refused, not now, and never are told apart; the password is in no text."""
+
+    def refuse(server: Server) -> bytes:
+        if command != "LOGIN":
+            plain(server)
+        return f"TAG NO {answer}\r\n".encode()
+
+    capabilities = b"IMAP4rev1" + (b"" if command == "LOGIN" else b" AUTH=PLAIN")
+    with serving({command: refuse}, capabilities=capabilities) as server:
+        with pytest.raises(error, match=re.escape(told)) as caught, by_password(server, "hunter2"):
+            pass
+        assert "hunter2" not in str(caught.value)
+        assert len([line for line in server.commands() if line.startswith(("LOGIN ", "AUTHENTICATE"))]) == 1
+
+
+# special uses
+
+
+LISTED = (
+    b'* LIST (\\HasNoChildren) "/" INBOX\r\n* LIST (\\HasChildren \\Noselect) "/" "[Gmail]"\r\n'
+    b'* LIST (\\AlL \\HasNoChildren) "/" "[Gmail]/Tous les messages"\r\n* LIST (\\Drafts) "/" "Entw&APw-rfe"\r\nTAG OK done\r\n'
+)
+
+
+def test_a_special_use_is_opened_under_the_servers_name_for_it() -> None:
+    """Found by LIST whatever its case, anew in each session; the name goes to the server in modified UTF-7."""
+    with serving({"LIST": LISTED}) as server, mailbox(server, "\\All") as box:
+        assert box.folder.name == "[Gmail]/Tous les messages"
+        assert 'EXAMINE "[Gmail]/Tous les messages"' in server.commands()
+    with serving({"LIST": LISTED}) as server, mailbox(server, "\\drafts") as box:
+        assert box.folder.name == "Entwürfe"
+        assert 'EXAMINE "Entw&APw-rfe"' in server.commands() or "EXAMINE Entw&APw-rfe" in server.commands()
+
+
+def test_a_special_use_that_nobody_has() -> None:
+    """It may be hidden from IMAP: the text names the command that shows it."""
+    with serving({"LIST": LISTED}) as server:
+        with pytest.raises(MailboxMissing, match=r"special use \\Junk; is it hidden from IMAP\?.*--list-mailboxes"):
+            mailbox(server, "\\Junk").__enter__()
+        assert not [command for command in server.commands() if command.startswith("EXAMINE")]
+
+
+def test_the_folders_with_their_counts_and_what_is_hidden() -> None:
+    """STATUS for what can be opened; of a Gmail also the special uses that LIST does not show."""
+    status = b"* STATUS X (MESSAGES 7)\r\nTAG OK done\r\n"
+    replies: dict[str, Reply] = {"LIST": LISTED, "STATUS": status, 'STATUS "Entw': b"TAG NO [NOPERM] no\r\n"}
+    with serving(replies, capabilities=GMAIL) as server:
+        listed, hidden = list_mailboxes(ImapEndpoint("127.0.0.1", server.port, "none", 10.0, None), ACCOUNT, TOKEN)
+    assert listed == [
+        Listed("INBOX", "", 7),
+        Listed("[Gmail]", "", None),
+        Listed("[Gmail]/Tous les messages", "\\All", 7),
+        Listed("Entwürfe", "\\Drafts", None),
+    ]
+    assert hidden == ("\\Flagged", "\\Important", "\\Junk", "\\Sent", "\\Trash")
+    with serving({"LIST": LISTED, "STATUS": status}, capabilities=PLAIN) as server:
+        assert list_mailboxes(ImapEndpoint("127.0.0.1", server.port, "none", 10.0, None), ACCOUNT, TOKEN)[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "over"),
+    [
+        ("Session expired, please login again.", True),
+        ("Autologout; idle for too long", True),
+        ("the server closed the connection", False),
+        ("System shutting down", False),
+    ],
+)
+def test_the_end_of_a_sessions_time_is_told_from_other_ends(text: str, over: bool) -> None:
+    """BYE in the middle of an IDLE and in place of any answer: ImapUnavailable with the server's words, known by `session_over`."""
+
+    def bye(server: Server) -> bytes:
+        server.push(b"+ idling\r\n")
+        return f"* BYE {text}\r\n".encode() + CUT
+
+    def bye_at_once(server: Server) -> bytes:
+        return f"* BYE {text}\r\n".encode() + CUT
+
+    replies: list[tuple[dict[str, Reply], Callable[[ImapMailbox], object]]] = [
+        ({"IDLE": bye}, lambda box: box.wait(10, lambda: False)),
+        ({"IDLE": bye_at_once}, lambda box: box.wait(10, lambda: False)),
+        ({"NOOP": bye_at_once}, lambda box: box.refresh()),
+        ({"UID SEARCH": bye_at_once}, lambda box: box.uids_from(1)),
+        ({"UID FETCH": bye_at_once}, lambda box: box.bodies([1])),
+    ]
+    for reply, ask in replies:
+        with serving(reply) as server, mailbox(server) as box, pytest.raises(ImapUnavailable) as error:
+            ask(box)
+        assert str(error.value) == text
+        assert session_over(str(error.value)) is over

@@ -641,7 +641,7 @@ def test_every_switch_works_over_http(sandbox: Sandbox) -> None:
     sandbox.deliver_generated(ME, count=2)
     token = refresh(sandbox)[1]["access_token"]
     assert post(sandbox, "/expire-tokens")[0] == 200
-    assert sandbox.tokens.account_of(token) is None
+    assert sandbox.tokens.login(token) is None
     old = sandbox.tokens.refresh_token(ME)
     assert post(sandbox, "/revoke-token", account=ME)[0] == 200
     assert refresh(sandbox, refresh_token=old)[0] == 400

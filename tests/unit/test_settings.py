@@ -36,7 +36,7 @@ SECTION_OF_CLASS = {model.__name__: section for section, model in SECTIONS.items
 def attributes_read() -> set[tuple[str, str]]:
     """Each `<section>.<field>` of the program's code, be the section a name, an attribute or an argument of its class."""
     found = set()
-    for path in (*ROOT.glob("src/**/*.py"), ROOT / "producer.py", ROOT / "worker.py"):
+    for path in (*ROOT.glob("src/**/*.py"), ROOT / "config/accounts.py", ROOT / "producer.py", ROOT / "worker.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         arguments = {
             node.arg: SECTION_OF_CLASS[node.annotation.id]

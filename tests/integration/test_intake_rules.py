@@ -1,0 +1,184 @@
+"""What is read, when and by whom: first reads, late mail, resync, the order of old and new, quotas, standby, lying sessions."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from src.sandbox.server import Sandbox
+from tests.integration.test_commands import finished
+from tests.support.once import read_once, reading
+from tests.support.pipeline import DEADLINE, Pipeline
+from tests.support.wait import until
+
+
+def day(days_ago: int) -> str:
+    return (datetime.now(UTC) - timedelta(days=days_ago)).date().isoformat()
+
+
+def in_stream(pipeline: Pipeline) -> set[str]:
+    return {fields["email_id"] for fields in pipeline.books().stream.values()}
+
+
+# the first read
+
+
+@pytest.mark.parametrize(
+    ("sync", "first", "why"),
+    [
+        ("all", 3, r"first read: mail since ever \(3 of 3 mails to look at\)"),
+        ("since:7d", 2, rf"first read: mail since {day(7)} \(2 of 3 mails to look at\)"),
+        (f"since:{day(2)}", 1, rf"first read: mail since {day(2)} \([12] of 3 mails to look at\)"),
+        ("new", 0, r"first read: new mail only \(0 of 3 mails to look at\)"),
+    ],
+)
+def test_initial_sync(pipeline: Pipeline, sync: str, first: int, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    """How far back the first read goes, and the line that says how many mails that is; what comes later is always read."""
+    caplog.set_level("INFO")
+    pipeline.delivered = [pipeline.deliver(f"{days} days", days_ago=days, expected=False)[0] for days in (30, 5, 0)][3 - first :]
+    assert read_once(pipeline, INITIAL_SYNC=sync) == 0
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+    assert re.search(why, caplog.text)
+    pipeline.deliver("later, with an old date", days_ago=40)
+    assert read_once(pipeline, INITIAL_SYNC=sync) == 0
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+
+
+def test_interrupted_first_read_goes_on_where_it_was(pipeline: Pipeline) -> None:
+    """Killed half-way through its backfill: the next producer leaves out what the first left out, and reads nothing twice."""
+    pipeline.deliver(*(f"too old {number}" for number in range(3)), days_ago=20, expected=False)
+    pipeline.deliver(*(f"mail {number}" for number in range(30)), days_ago=1)
+    pipeline.deliver("too old as well", days_ago=30, expected=False)
+    settings = {"INITIAL_SYNC": "since:5d", "PRODUCER_BATCH_SIZE": "10"}
+    with pipeline.producer(STREAM_MAXLEN="100", PRODUCER_LEASE="0.5", **settings) as producer:  # backfill may use a tenth
+        producer.wait_for("intake waits", DEADLINE)
+        producer.kill9()
+    assert 10 <= len(in_stream(pipeline)) < 30, "the first read was interrupted"
+    assert read_once(pipeline, **settings) == 0
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+    assert pipeline.client.get(f"producer_state:{pipeline.account}:INBOX:email_count") == "30"
+
+
+# what comes late, and what is asked for
+
+
+def test_uids_that_become_visible_late(pipeline: Pipeline, sandbox: Sandbox) -> None:
+    """Two mails that the server did not show when their UIDs were passed: found by looking back, each once."""
+    sandbox.faults.hide_uids([2, 3], times=10_000)
+    late = pipeline.deliver("one", "two", "three", "four")[1:3]
+    with pipeline.producer(RELIST_INTERVAL="0.5") as producer, pipeline.worker():
+        pipeline.wait_until_settled(set(pipeline.delivered) - set(late))
+        assert pipeline.last_uid() == "4"
+        sandbox.faults.clear()
+        pipeline.wait_until_settled()
+        producer.wait_for(r"mails became visible late or were asked for", DEADLINE)
+    pipeline.assert_accounted()
+    assert pipeline.last_uid() == "4"
+
+
+def test_resync_brings_back_what_new_mail_only_had_passed(pipeline: Pipeline) -> None:
+    """--resync-from publishes passed mail since that day, known mail not again, older mail not at all; then it is over."""
+    pipeline.deliver("too old", days_ago=9, expected=False)
+    passed = [pipeline.deliver(f"passed {number}", days_ago=number, expected=False)[0] for number in (1, 2)]
+    assert read_once(pipeline, INITIAL_SYNC="new") == 0
+    pipeline.deliver("new")
+    assert read_once(pipeline) == 0
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+    since = datetime.now(UTC).date() - timedelta(days=3)
+    assert read_once(pipeline, resync_from=since) == 0
+    pipeline.delivered += passed
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+    assert pipeline.client.hget(f"producer_state:{pipeline.account}:INBOX:intake", "resync") is None
+    assert read_once(pipeline, resync_from=since) == 0
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+
+
+def test_resync_asked_of_the_producer_that_reads(pipeline: Pipeline) -> None:
+    """Under --once beside a running producer: that one does it at once, this one says so and ends; a wrong date is exit 2."""
+    passed = pipeline.deliver("passed", days_ago=1, expected=False)
+    with pipeline.producer(INITIAL_SYNC="new", POLL_INTERVAL="600") as owner:
+        pipeline.wait_for_first_poll()
+        output = finished(pipeline.producer("--once", "--resync-from", day(2)))
+        assert f"INBOX: another producer reads it, and looks again at all mail since {day(2)}" in output
+        pipeline.delivered += passed
+        until(lambda: in_stream(pipeline) == set(passed), DEADLINE, "the owner has published it")
+        owner.wait_for(f"looking again at 1 mails since {day(2)}")
+        until(lambda: not pipeline.client.hexists(f"producer_state:{pipeline.account}:INBOX:intake", "resync"), DEADLINE, "done")
+        assert owner.running()
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+    assert "yesterday is no date like 2026-01-31" in finished(pipeline.producer("--resync-from", "yesterday"), code=2)
+
+
+# old mail must not hold up new mail
+
+
+def test_new_mail_goes_ahead_of_a_long_backfill(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    """Old mail fills its tenth of the stream and waits; new mail passes it; with room again all of it comes, each once."""
+    old = pipeline.deliver(*(f"old {number}" for number in range(40)), days_ago=1)
+    settings = {"PRODUCER_BATCH_SIZE": "5"}
+    with reading(pipeline, STREAM_MAXLEN="100", **settings):
+        until(lambda: "10 unfinished mails (limit 10): intake waits" in caplog.text, DEADLINE, "the backfill waits")
+        new = pipeline.deliver("new 1", "new 2")
+        until(lambda: set(new) <= in_stream(pipeline), DEADLINE, "the new mails have passed")
+        assert in_stream(pipeline) == {*old[:10], *new}
+        assert pipeline.last_uid() == "10"
+    assert read_once(pipeline, **settings) == 0
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+    assert pipeline.last_uid() == "42"
+
+
+def test_a_spent_day_holds_back_old_mail_only(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    """DAILY_BYTES: the backfill stops within a window of the limit and says so, new mail goes on; with more it goes on too."""
+    old = pipeline.deliver(*(f"old {number}" for number in range(8)), body=b"0123456789abcdef\r\n" * 17_000, days_ago=1)
+    settings = {"PRODUCER_BATCH_SIZE": "2"}
+    with reading(pipeline, DAILY_BYTES="1000000", **settings):
+        told = "DAILY_BYTES are spent: old mail waits until midnight UTC, new mail goes on"
+        until(lambda: told in caplog.text, DEADLINE, "the backfill waits")
+        assert in_stream(pipeline) == set(old[:4]), "1.2 of 2.4 MB"
+        new = pipeline.deliver("new", body=b"0123456789abcdef\r\n" * 17_000)
+        until(lambda: set(new) <= in_stream(pipeline), DEADLINE, "new mail may exceed it")
+        assert in_stream(pipeline) == {*old[:4], *new}
+    read = sum(int(pipeline.client.get(key)) for key in pipeline.client.keys(f"producer_state:{pipeline.account}:bytes:*"))
+    assert 1_500_000 < read < 1_600_000, "each mail was fetched once"
+    assert caplog.text.count(told) == 1
+    assert read_once(pipeline, **settings) == 0
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+
+
+# who reads
+
+
+def test_a_standby_takes_over(pipeline: Pipeline) -> None:
+    """The second producer stands by while the first lives, and reads what comes after its death; nothing twice."""
+    with pipeline.producer(PRODUCER_LEASE="1") as owner:
+        pipeline.wait_for_first_poll()
+        with pipeline.producer(PRODUCER_LEASE="1") as standby:
+            standby.wait_for("INBOX: another producer reads it; standing by", DEADLINE)
+            pipeline.deliver("for the first")
+            pipeline.wait_for_uid(1)
+            standby.wait_for("INBOX: STANDBY, 0 published", DEADLINE)
+            owner.kill9()
+            pipeline.deliver("for the second")
+            pipeline.wait_for_uid(2)
+            standby.wait_for("INBOX: CONNECTED, 1 published", DEADLINE)
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+
+
+# sessions that lie
+
+
+def test_idle_that_says_nothing(pipeline: Pipeline, sandbox: Sandbox) -> None:
+    """News that are not pushed are found by the poll; a session that falls silent is given up after IMAP_TIMEOUT."""
+    with pipeline.producer(IMAP_TIMEOUT="1") as producer:
+        pipeline.wait_for_first_poll()
+        sandbox.faults.mute_idle(times=3)
+        pipeline.deliver("not pushed")
+        pipeline.wait_for_uid(1)
+        sandbox.faults.half_open()
+        pipeline.deliver("said to nobody")
+        pipeline.wait_for_uid(2)
+        producer.wait_for("INBOX: timed out; connecting again", DEADLINE)
+        assert "ERROR" not in producer.output()
+    pipeline.assert_accounted(waiting=pipeline.delivered)

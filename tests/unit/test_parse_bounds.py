@@ -1,0 +1,235 @@
+"""What hostile mail cannot do: every limit is set by the kernel on a child process, see tests/support/bounded_parse.py.
+
+Up to 8 MiB no mail takes more than 2 seconds of CPU time or 200 MB of address space, interpreter included; above, no more than
+8 times its size. None raises, and every record can be encoded and read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.bounded_parse import SMALL, BoundedParser
+from tests.unit.test_parse_differential import ODD_MAILS, standard_library_mails
+
+
+@pytest.fixture(scope="module")
+def bounded() -> Iterator[BoundedParser]:
+    with BoundedParser() as parser:
+        yield parser
+
+
+def filled(head: bytes, chunk: bytes, size: int = SMALL) -> bytes:
+    """`head` and as many chunks as fit into `size` bytes."""
+    return head + (chunk * ((size - len(head)) // len(chunk) + 1))[: size - len(head)]
+
+
+def part(kind: str, encoding: str = "7bit") -> bytes:
+    return f"Content-Type: {kind}\nContent-Transfer-Encoding: {encoding}\n\n".encode()
+
+
+def nested(levels: int) -> bytes:
+    return b"".join(b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (level, level) for level in range(levels))
+
+
+def header(name: bytes, chunk: bytes) -> bytes:
+    """Sixteen fields of just under 64 KiB: all the header that is read."""
+    return filled(name + b": ", chunk, 64_000) + b"\n"
+
+
+MULTIPART = b"Content-Type: multipart/mixed; boundary=b\n\n"
+SHAPES: dict[str, Callable[[], bytes]] = {
+    "nesting": lambda: filled(nested(170_000), b"x"),
+    "parts": lambda: filled(MULTIPART, b"--b\n\nx\n"),
+    "parts with a header": lambda: filled(MULTIPART, b"--b\n" + b"a:\n" * 340 + b"\nx\n"),
+    "parts with long names": lambda: filled(MULTIPART, b"--b\nContent-Type: a/b; name*=utf-8''" + b"%aa" * 300 + b"\n\nx\n"),
+    "parts of deep HTML": lambda: filled(MULTIPART, b"--b\n" + part("text/html") + b"<b x>" * 499 + b"</p>" * 2_000 + b"\n"),
+    "closing delimiters": lambda: filled(MULTIPART, b"--b--\n"),
+    "dashes": lambda: filled(MULTIPART + b"--b\n\n", b"--\n"),
+    "long dashes": lambda: filled(MULTIPART, b"--" + b"b" * 2_000 + b"\n"),
+    "one field": lambda: filled(b"Subject: ", b"=?utf-8?q?=C3?= "),
+    "short fields": lambda: filled(b"", b"a:\n"),
+    "folds": lambda: filled(b"Subject: x", b"\n "),
+    "no line end": lambda: filled(b"", b"x"),
+    "carriage returns": lambda: filled(b"", b"\r"),
+    "recipients": lambda: header(b"To", b"u@example.org, ") * 16,
+    "open quotes": lambda: header(b"To", b'<"\\') * 16,
+    "open comments": lambda: header(b"To", b"(") * 16,
+    "loose at signs": lambda: header(b"To", b" @") * 16,
+    "loose dots": lambda: header(b"From", b" .") * 16,
+    "colons": lambda: header(b"From", b"a@b:") * 16,
+    "encoded words": lambda: header(b"To", b"=?utf-8?b?w6Q=?= ") * 16,
+    "words without an end": lambda: header(b"Subject", b"=?a?q?") * 16,
+    "parameters": lambda: header(b"Content-Type", b';a="x;"') * 16,
+    "pieces of parameters": lambda: header(b"Content-Type", b";a*0*=x''%C3") * 16,
+    "references": lambda: header(b"References", b"<(") * 16,
+    "a sender of <@": lambda: filled(b"From: <@\n\n", b"x"),
+    "smuggled line ends": lambda: filled(b"Subject: =?utf-8?q?x=0D=0A=1B[2J?=\n\n", b"x"),
+    "a path for a name": lambda: filled(b"Content-Type: a/b; name*=utf-8''..%2F..%2Fetc%2Fpasswd\n\n", b"x"),
+    "quoted-printable blanks": lambda: filled(part("text/plain", "quoted-printable"), b" "),
+    "quoted-printable lines": lambda: filled(part("text/plain", "quoted-printable"), b"a \n"),
+    "base64 of nothing": lambda: filled(part("application/x", "base64"), b"="),
+    "base64 rubbish": lambda: filled(part("application/x", "base64"), b"a*"),
+    "uuencode that grows": lambda: filled(part("text/html", "x-uuencode") + b"begin 644 a\n", b"M\n"),
+    "uuencode in short lines": lambda: filled(part("application/x", "x-uuencode") + b"begin 644 a\n", b"!\n"),
+    "flowed lines": lambda: filled(part("text/plain; format=flowed"), b"> \n"),
+    "enriched text": lambda: filled(part("text/enriched"), b"<param>"),
+    "UTF-7": lambda: filled(part("text/plain; charset=utf-7"), b"+A"),
+    "ISO-2022-JP": lambda: filled(part("text/plain; charset=iso-2022-jp"), b"\x1b$B"),
+    "HTML comments": lambda: filled(part("text/html"), b"<!--"),
+    "HTML end tags": lambda: filled(part("text/html") + b"<b x>" * 499, b"</p>"),
+    "HTML attributes": lambda: filled(part("text/html") + b"<a ", b"b='c' "),
+    "HTML references": lambda: filled(part("text/html"), b"&a"),
+    "HTML tables": lambda: filled(part("text/html"), b"<table><tr><td>"),
+    "UTF-16 HTML": lambda: filled(part("text/html; charset=utf-16"), b"<\0b\0>\0"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_hostile_shape_keeps_within_its_bounds(bounded: BoundedParser, name: str) -> None:
+    """8 MiB of one trick, or all the header that is read."""
+    raw = SHAPES[name]()
+    assert 1_000_000 < len(raw) <= SMALL or name == "nesting"
+    assert bounded.parse(raw[:SMALL]) == ""
+
+
+@pytest.mark.parametrize("size", [9 << 20, 25 << 20])
+@pytest.mark.parametrize("encoding", ["base64", "quoted-printable", "7bit", "x-uuencode"])
+def test_a_large_mail_takes_a_few_times_its_size(bounded: BoundedParser, encoding: str, size: int) -> None:
+    """One attachment; the bytes of it are there as often as they must be."""
+    chunk = {"base64": b"AAAA" * 19 + b"\n", "x-uuencode": b"M" + b"'" * 60 + b"\n"}.get(encoding, b"x=20 " * 12 + b"\n")
+    head = MULTIPART + b"--b\n\nhello\n--b\n" + part("application/x; name=a", encoding)
+    assert bounded.parse(filled(head + b"begin 644 a\n" * (encoding == "x-uuencode"), chunk, size)) == ""
+
+
+def test_a_large_text_takes_a_few_times_its_size(bounded: BoundedParser) -> None:
+    """Only its beginning is decoded."""
+    for kind in ("text/plain; charset=utf-8", "text/html"):
+        assert bounded.parse(filled(part(kind), "<p>ä €\n".encode(), 25 << 20)) == ""
+
+
+def test_the_bounds_bite() -> None:
+    """A process that takes more is ended and says so: without this the other tests could not fail."""
+    hungry = "import resource\nfrom tests.support import bounded_parse as b\n"
+    for body, answer in (
+        ("while True: pass", "ended by signal"),
+        ("return bytes(10**9)", "exit code 1"),
+        ("raise ValueError", "exit code 1"),
+    ):
+        code = f"{hungry}def parse(*_):\n {body}\nb.parse = parse\nb.CPU_SECONDS = 1\nb._serve()"
+        with BoundedParser(("-c", code)) as parser:
+            assert parser.parse(b"x").startswith(answer)
+
+
+def test_odd_mails_keep_within_their_bounds(bounded: BoundedParser) -> None:
+    """Those of this project and those of the interpreter's own tests."""
+    for path in [*ODD_MAILS, *standard_library_mails()]:
+        assert bounded.parse(path.read_bytes()) == "", path.name
+
+
+TOKENS = st.sampled_from(
+    [
+        *(
+            b"\n",
+            b"\r\n",
+            b"\r",
+            b" ",
+            b"\t",
+            b"--b",
+            b"--",
+            b"=",
+            b"=?",
+            b"?=",
+            b"?q?",
+            b"?b?",
+            b"utf-8",
+            b"<",
+            b">",
+            b"<b>",
+            b"</b>",
+        ),
+        *(
+            b"<!--",
+            b"-->",
+            b"<script>",
+            b"&",
+            b"&#",
+            b";",
+            b":",
+            b",",
+            b'"',
+            b"\\",
+            b"(",
+            b")",
+            b"@",
+            b".",
+            b"*",
+            b"'",
+            b"%41",
+            b"a",
+            b"Z",
+        ),
+        *(
+            b"Content-Type: ",
+            b"text/html",
+            b"multipart/mixed; boundary=b",
+            b"message/rfc822",
+            b"To: ",
+            b"\n\n",
+            b"begin 644 a\n",
+            b"M",
+        ),
+        *(
+            b"\x00",
+            b"\x1b$B",
+            b"\x80",
+            b"\xc3",
+            b"\xa4",
+            b"\xff\xfe",
+            b"*0*=",
+            b"name",
+            b"+A",
+            b"> ",
+            b"<pre>",
+            b"<table>",
+            b"<p x>",
+        ),
+    ]
+)
+HEADS = st.sampled_from(
+    [b"", b"To: ", b"From: ", b"Subject: ", b"Content-Type: ", b"Date: ", b"References: ", MULTIPART, MULTIPART + b"--b\n"]
+)
+KINDS = st.sampled_from(
+    ["text/plain", "text/html", "text/enriched", "text/plain; format=flowed", "a/b", "text/html; charset=utf-16"]
+)
+ENCODINGS = st.sampled_from(["7bit", "base64", "quoted-printable", "x-uuencode", "x"])
+REPEATED = st.builds(
+    lambda head, kind, encoding, first, chunk, size: filled(
+        head + (part(kind, encoding) if not head.endswith(b": ") else b"") + b"".join(first), b"".join(chunk), size
+    ),
+    HEADS,
+    KINDS,
+    ENCODINGS,
+    st.lists(TOKENS, max_size=3),
+    st.lists(TOKENS, min_size=1, max_size=6),
+    st.sampled_from([4_000, 64_000, 1 << 20, SMALL]),
+)
+SEARCH = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], database=None)
+
+
+@settings(SEARCH, max_examples=60)
+@given(REPEATED)
+def test_no_repetition_breaks_the_bounds(bounded: BoundedParser, raw: bytes) -> None:
+    """Any few tokens, thousands of times: what is quadratic shows."""
+    assert bounded.parse(raw) == ""
+
+
+@pytest.mark.full
+@settings(SEARCH, max_examples=3_000)
+@given(REPEATED)
+def test_no_repetition_breaks_the_bounds_in_a_long_search(bounded: BoundedParser, raw: bytes) -> None:
+    """The same, fifty times as long."""
+    assert bounded.parse(raw) == ""
