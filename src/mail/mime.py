@@ -360,7 +360,7 @@ def _uuencode(data: bytes, *, cut: bool) -> tuple[bytes, str]:
         if text == b"end":
             return bytes(decoded), ""
         try:
-            decoded += binascii.a2b_uu(text)
+            decoded += binascii.a2b_uu(text) if text else b""
         except binascii.Error:
             break
         if line == after or len(decoded) > len(data):

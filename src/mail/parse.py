@@ -229,7 +229,7 @@ def _part_text(raw: bytes, part: Part, most: int, defects: list[str]) -> str:
     text, charset_defect = decode_charset(data, part.parameters.get("charset", ""), whole=whole)
     markup_defect = ""
     if part.content_type == "text/html":
-        text, markup_defect = html_to_text(text)
+        text, markup_defect = html_to_text(text if whole else _without_open_tag(text))
     elif part.content_type in _ENRICHED:
         text = enriched_to_text(text)
     else:
@@ -239,6 +239,11 @@ def _part_text(raw: bytes, part: Part, most: int, defects: list[str]) -> str:
         text = text.strip("\n")
     defects.extend(note for note in (defect, charset_defect, markup_defect) if note)
     return text
+
+
+def _without_open_tag(markup: str) -> str:
+    """Markup that was cut somewhere, without the tag that was cut."""
+    return markup[: markup.rfind("<")] if markup.rfind("<") > markup.rfind(">") else markup
 
 
 def _attachment(raw: bytes, part: Part, truncated: bool, defects: list[str]) -> Attachment:

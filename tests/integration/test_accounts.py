@@ -13,12 +13,14 @@ from imapclient import IMAPClient
 
 from config.accounts import load_accounts
 from config.settings import load_settings
-from src.common.clock import SYSTEM, iso
+from src.common.clock import SYSTEM, Clock, iso
+from src.common.exceptions import ConfigurationError, ReauthRequired
 from src.common.redis_client import RedisClient
 from src.common.shutdown import Shutdown
-from src.producer.daemon import NoUsableToken, Producer, accesses
+from src.producer.daemon import Access, NoUsableToken, Producer, accesses
 from src.sandbox.server import Sandbox
 from tests.integration.test_commands import finished
+from tests.support.inline import HurriedShutdown, a_second_a_look
 from tests.support.once import read_once
 from tests.support.pipeline import DEADLINE, Pipeline
 from tests.support.servers import Dovecot, RedisServer
@@ -198,6 +200,54 @@ def test_what_needs_a_person_names_the_likely_cause(pipeline: Pipeline, sandbox:
         pipeline.wait_until_settled()
         producer.wait_for(f"{tested}/INBOX: it is read again")
     pipeline.assert_accounted()
+
+
+class Refused:
+    """Credentials that are refused; `asked`: when they were."""
+
+    def __init__(self, clock: Clock, error: Exception) -> None:
+        self.asked: list[float] = []
+        self.file = "as it was"
+        self._clock = clock
+        self._error = error
+
+    def access_token(self, *, refuse: str | None = None) -> str:
+        self.asked.append(self._clock.monotonic())
+        raise self._error
+
+    def stamp(self) -> object:
+        return self.file
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "pause"),
+    [(ReauthRequired("no"), "REAUTH_REQUIRED", 3600), (ConfigurationError("no"), "MISCONFIGURED", 60)],
+)
+def test_what_was_refused_is_asked_again_after_its_pause_or_when_its_file_changes(
+    pipeline: Pipeline, error: Exception, status: str, pause: int
+) -> None:
+    """An hour for what the server refused, a minute for what is wrong here; a changed file ends either. The lease is given up."""
+    settings = load_settings({**pipeline.env, "DATA_DIR": pipeline.tmp}, env_file=None)
+    clock, shutdown = a_second_a_look(), HurriedShutdown()
+    credentials = Refused(clock, error)
+    [account] = load_accounts(settings.mail)
+    with RedisClient.connect(pipeline.redis.url, max_connections=4, socket_timeout=5) as redis, ThreadPoolExecutor(1) as pool:
+        [mailbox] = Producer(settings, [Access(account, credentials)], redis, shutdown, clock).mailboxes
+        running = pool.submit(mailbox.run)
+        try:
+            until(lambda: len(credentials.asked) >= 3, DEADLINE, "asked three times")
+            assert (mailbox.status, mailbox.why, mailbox.owns) == (status, "no", False)
+            count = len(credentials.asked)
+            credentials.file = "another"
+            until(lambda: len(credentials.asked) > count, DEADLINE, "asked once more")
+        finally:
+            shutdown.request("the test is over")
+        running.result(DEADLINE)
+    first, second, third, *_ = credentials.asked
+    assert pause <= second - first < pause + 50
+    assert pause <= third - second < pause + 50
+    if pause == 3600:
+        assert credentials.asked[count] - credentials.asked[count - 1] < pause
 
 
 def test_an_outage_of_the_token_endpoint_is_waited_for(

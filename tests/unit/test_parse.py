@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from src.mail.mime import content, read_message
 from src.mail.parse import Limits, parse, stub
 from src.mail.record import RECORD_BYTES, Address, Attachment, Envelope, Record, record_from_json, record_to_json, to_fields
-from src.mail.text import CODECS, decode_charset, html_to_text
+from src.mail.text import CODECS, decode_charset, enriched_to_text, html_to_text, unflow
 
 ENVELOPE = Envelope(
     account="ann@example.org",
@@ -290,6 +290,11 @@ def test_every_line_end_is_a_line_end(end: bytes) -> None:
         ("shift_jis", "日本".encode("cp932"), "日本", False),
         ("koi8-r", "привет".encode("koi8-r"), "привет", False),
         ("utf-16", "grün".encode("utf-16"), "grün", False),
+        ("utf-16", "grün".encode("utf-16-le"), "grün", False),
+        ("utf-16", "grün".encode("utf-16-be"), "grün", False),
+        ("", "grün".encode("utf-16"), "grün", False),
+        ("'UTF-8'", "grün".encode(), "grün", False),
+        ("shift_jis", "日本".encode("cp932") + b"\x81", "日本\ufffd", True),
         ("zlib", b"x", "x", True),  # a codec, no charset
         ("unicode_escape", b"\\ud800", "\\ud800", True),
         ("utf-8", b"\xed\xa0\x80", "í\xa0€", True),
@@ -361,10 +366,64 @@ def test_html(markup: str, text: str) -> None:
     assert read(f"Content-Type: text/html; charset=utf-8\n\n{markup}").body_text == text
 
 
+def test_html_that_nests_too_deep_is_read_up_to_there() -> None:
+    """What libxml2 would take quadratic time for is left out and told; elements without an end tag do not nest."""
+    record = read("Content-Type: text/html; charset=utf-8\n\n<p>seen" + "<b x>" * 600 + "unseen")
+    assert (record.body_text, record.defects) == ("seen", ("HTML nested deeper than 500",))
+    record = read("Content-Type: text/html; charset=utf-8\n\n" + "<br><img src=x><hr><p>" * 2_000 + "<li>seen" * 2_000)
+    assert (record.body_text, record.defects) == ("seen\n" * 1999 + "seen", ())
+
+
+def test_the_markup_that_is_read_is_bounded_over_all_parts() -> None:
+    """Parts that show nothing do not buy time for more of them."""
+    part = "Content-Type: text/html\n\n" + "<b></b>" * 15_000
+    record = read(multipart(*[part] * 12, "\ntoo late"))
+    assert (record.body_text, record.body_truncated) == ("", True)
+
+
+@pytest.mark.parametrize(
+    ("markup", "text"),
+    [
+        ("a\nb\n\nc\n\n\nd", "a b\nc\n\nd"),
+        ("<bold>a</bold><nl>b <lt> <<c>", "a\nb < <c>"),
+        ("<param>x</param>a<comment>y</comment></param>b", "ab"),
+        ("a < b <", "a < b <"),
+    ],
+)
+def test_enriched_text(markup: str, text: str) -> None:
+    """RFC 1896, and what text/richtext had in its place."""
+    assert enriched_to_text(markup) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "joined"),
+    [
+        ("a \nb\nc", "a b\nc"),
+        ("a \n\nb", "a \nb"),
+        ("> a \n> b \n>> c", "> a b \n>> c"),
+        ("> a \nb", "> a \nb"),
+        (" >a \n b", ">a b"),
+        ("a \n-- \nb", "a \n-- \nb"),
+        ("-- \nb", "-- \nb"),
+        ("", ""),
+    ],
+)
+def test_flowed_text(text: str, joined: str) -> None:
+    """RFC 3676 section 4: paragraphs, quotes, stuffed blanks, signatures."""
+    assert unflow(text, delete_space=False) == joined
+
+
 def test_the_preview_is_one_line_without_padding() -> None:
     """Newsletters pad their preview with invisible characters."""
     record = read("Content-Type: text/html; charset=utf-8\n\n<p>Offer" + "&zwnj;&nbsp;" * 300 + "</p>\n<p>Now\nor never</p>")
     assert record.body_preview == "Offer Now or never"
+
+
+def test_the_header_is_found_behind_what_does_not_belong_there() -> None:
+    """Empty lines, a byte order mark, a folded line of a field that is gone: as long as fields follow."""
+    for before in ("\n\n", "\ufeff", " rest of a field\n"):
+        assert read(f"{before}Subject: x\n\ny").subject == "x", before
+    assert read("\nno header: at all\n\ny").body_text == "no header: at all\n\ny"
 
 
 def test_plain_text_goes_before_html() -> None:
@@ -450,6 +509,37 @@ def test_an_attached_text_is_no_body() -> None:
     )
     assert record.body_text == "me"
     assert record.attachments == (attached(b"not me", "", "text/plain"), attached(b"nor me", "n.txt", "text/plain"))
+
+
+def test_the_texts_of_a_related_are_its_root() -> None:
+    """A later text that the page refers to is a file, another is read on."""
+    page = "Content-Type: text/html\n\n<p>page</p>"
+    record = read(multipart(page, "Content-ID: <1>\n\nfile", "\nmore", kind="related"))
+    assert (record.body_text, record.attachments) == ("page\n\nmore", (attached(b"file", "", "text/plain"),))
+
+
+def test_all_texts_of_the_chosen_version_are_read() -> None:
+    """A version may be texts around a file; the texts of another version are not read."""
+    inner = multipart("\none", "Content-Type: a/b\n\nx", "\ntwo", boundary="i")
+    record = read(multipart("Content-Type: text/html\n\n<p>other</p>", inner, kind="alternative"))
+    assert (record.body_text, record.attachments) == ("one\n\ntwo", (attached(b"x", "", "a/b"),))
+
+
+@pytest.mark.parametrize(
+    ("encoded", "data", "broken"),
+    [
+        ("begin 644 a\n#0V%T\n`\nend\n", b"Cat", False),
+        ("\nsome text\nbegin 0600 a b\n#0V%T\n \nend", b"Cat", False),
+        ("begin 644 a\n#0V%T\n", b"Cat", True),
+        ("begin 644 a\n#0V%T\n~~~\nend", b"Cat", True),
+        ("no begin", b"no begin", True),
+    ],
+)
+def test_uuencode(encoded: str, data: bytes, broken: bool) -> None:
+    """The x-uuencode of old senders, whole and cut short."""
+    record = read(multipart(f"Content-Type: application/pdf\nContent-Transfer-Encoding: x-uuencode\n\n{encoded}"))
+    assert record.attachments == (attached(data, ""),)
+    assert record.defects == (("attachment: broken uuencode",) if broken else ())
 
 
 def test_an_attached_mail_is_one_attachment() -> None:
