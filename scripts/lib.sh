@@ -11,7 +11,7 @@ die() { say "$*" >&2; exit 1; }
 # setup_python runtime|dev: make .venv and install exactly what the requirements pin; nothing to do is noticed at once.
 setup_python() {
   local kind=$1 files=(requirements.txt) python
-  [ "$kind" = runtime ] || files+=(requirements-dev.txt)
+  [ "$kind" = runtime ] || files+=(requirements-handlers.txt requirements-dev.txt)
   if .venv/bin/python -c '' 2>/dev/null; then
     [ "$(fingerprint "${files[@]}")" != "$(cat ".venv/.installed-$kind" 2>/dev/null)" ] || return 0
   else
@@ -61,7 +61,7 @@ install_requirements() (
 setup_debian() {
   local pair missing=()
   for pair in "$@"; do
-    PATH=$PATH:/usr/sbin:/sbin command -v "${pair#*:}" >/dev/null || missing+=("${pair%%:*}")
+    PATH=$PATH:/usr/sbin:/sbin:$(echo /usr/lib/postgresql/*/bin) command -v "${pair#*:}" >/dev/null || missing+=("${pair%%:*}")
   done
   [ ${#missing[@]} -gt 0 ] || return 0
   install_debian "${missing[@]}" || say "tests that need ${missing[*]} are skipped"
