@@ -122,7 +122,9 @@ def intake(count: int) -> None:
             rate = (count - first) / (time.perf_counter() - began)
             published = client.xlen(STREAM)
             memory = peak_mb(producer.pid)
-    print(f"intake  {count} mails ({total / 1e6:.0f} MB), Dovecot over TLS: {rate:,.0f} mails/s, {memory:.0f} MB, {published} in the stream")
+    print(
+        f"intake  {count} mails ({total / 1e6:.0f} MB), Dovecot over TLS: {rate:,.0f} mails/s, {memory:.0f} MB, {published} in the stream"
+    )
 
 
 def main() -> int:
