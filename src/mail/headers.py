@@ -231,7 +231,7 @@ def value_and_parameters(value: str) -> tuple[str, dict[str, str]]:
 
     RFC 2231 (charset, %XX, numbered pieces) is decoded; encoded words, which senders use in its place, are left as they are.
     """
-    head = value.partition(";")[0].partition("(")[0].strip().lower()
+    head = value.partition(";")[0].partition("(")[0].strip(" \t\"'").lower()
     plain: dict[str, str] = {}
     pieces: dict[str, dict[int, tuple[str, bool]]] = {}
     for match in _PARAMETER.finditer(value):

@@ -24,6 +24,7 @@ _BODY_TYPES: Final = {"text/plain": 0, "text/html": 1, "text/enriched": 2, "text
 """Rank of a type among the versions of one text."""
 _ENRICHED: Final = frozenset({"text/enriched", "text/richtext"})
 _FILES_OF_TEXT: Final = frozenset({"text/calendar", "text/vcard", "text/x-vcard", "text/directory", "text/csv"})
+_META_CHARSET = re.compile(rb"<meta\b[^>]{0,200}\bcharset\s{0,9}=\s{0,9}[\"']?([A-Za-z0-9_.:-]{1,40})", re.IGNORECASE)
 _MARKUP = 16  # encoded bytes that are read for each byte of text that the record may hold, at most
 _ENCODED = 8  # the same for what is no HTML
 _DAEMONS = ("mailer-daemon", "postmaster")
@@ -226,8 +227,11 @@ def _part_text(raw: bytes, part: Part, most: int, defects: list[str]) -> str:
     """The text of one part, of at most `most` of its encoded bytes: no more is decoded than can end up in the record."""
     data, defect = content(raw, part, most)
     whole = part.end - part.start <= most
-    text, charset_defect = decode_charset(data, part.parameters.get("charset", ""), whole=whole)
+    charset = part.parameters.get("charset", "")
     markup_defect = ""
+    if part.content_type == "text/html" and not charset and (meta := _META_CHARSET.search(data, 0, 4096)):
+        charset = meta[1].decode("ascii")
+    text, charset_defect = decode_charset(data, charset, whole=whole)
     if part.content_type == "text/html":
         text, markup_defect = html_to_text(text if whole else _without_open_tag(text))
     elif part.content_type in _ENRICHED:

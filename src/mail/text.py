@@ -43,6 +43,8 @@ CODECS: Final[dict[str, str]] = {
     "ks_c_5601_1987": "cp949",
     "big5": "big5hkscs",
     "iso_8859_8_i": "iso8859_8",
+    "iso_8859_9": "cp1254",
+    "iso_2022_jp": "iso2022_jp_ext",
     "koi8_u": "koi8_u",
     "cp874": "cp874",
     "windows_874": "cp874",

@@ -184,7 +184,7 @@ class Mailbox:
             self.broken = 0
         normal = session_over(str(error)) and not self.broken
         log.log(logging.DEBUG if normal else logging.INFO, "%s: %s; connecting again", self.title, error)
-        self.pulse.pause(min(2.0**self.broken, BACKOFF_CAP))
+        self.pulse.pause(min(0.5 * 2**self.broken, BACKOFF_CAP))
         self.broken = min(self.broken + 1, 16)
 
     def _rest(self, error: ImapThrottled) -> None:

@@ -17,6 +17,7 @@ from src.common.exceptions import ConfigurationError
 
 log = logging.getLogger(__name__)
 
+ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 20.0
 FIRST_MAILS = 25
 
@@ -24,7 +25,7 @@ FIRST_MAILS = 25
 @contextmanager
 def attached(data_dir: Path) -> Iterator[dict[str, Any]]:
     """The settings (variable → value) that point a producer at the sandbox of `data_dir`. Raises ConfigurationError."""
-    folder = data_dir / "sandbox"
+    folder = (data_dir / "sandbox").resolve()
     state_file = folder / "sandbox.json"
     running = _running(state_file)
     if running:
@@ -41,7 +42,9 @@ def attached(data_dir: Path) -> Iterator[dict[str, Any]]:
         "--token-dir",
         str(folder / "tokens"),
     ]
-    process = subprocess.Popen([*command, "--emails", str(FIRST_MAILS)], stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        [*command, "--emails", str(FIRST_MAILS)], stdout=subprocess.DEVNULL, start_new_session=True, cwd=ROOT
+    )
     try:
         yield _overrides(_awaited(state_file, process))
     finally:

@@ -113,6 +113,8 @@ class Workers:
                 running[number % 2].kill9()
                 running[number % 2] = stack.enter_context(self.worker())
             self.wait_until_done()
+            for daemon in running:  # the one that was started last may not be up yet
+                daemon.wait_for(f"reads {STREAM}", DEADLINE)
             assert [daemon.terminate() for daemon in running] == [0, 0]
 
     def assert_done_once(self, count: int) -> None:
@@ -358,7 +360,7 @@ def test_postgres_restarts_under_load(postgres_of_module: PostgresServer, valkey
         finally:
             postgres_of_module.start()
         workers.wait_until_done()
-        assert first.terminate() == 0
+        assert first.terminate() == 0, first.output()
     assert_rows_are_mails(url, 10 * MAILS)
     workers.assert_done_once(10 * MAILS)
 

@@ -6,7 +6,6 @@ Nothing waits: abandoned is what nobody holds right now (a lease of 0), due is w
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -108,7 +107,7 @@ class LifeOfMail(RuleBasedStateMachine):
             return
         assert ask(f"batch {self.batches}", self.states) == ("OK", tuple(fresh))
         self.state, self.seen = state, self.seen + len(new)
-        added = [email_id for email_id, new in zip(email_ids, fresh, strict=True) if new]
+        added = [email_id for email_id, is_new in zip(email_ids, fresh, strict=True) if is_new]
         for email_id, sid in zip(added, self._new_entries(), strict=True):
             self.model.published(email_id, sid)
         assert ask(f"batch {self.batches}", self.states) == ("ALREADY", ())
@@ -373,10 +372,9 @@ class LifeOfMail(RuleBasedStateMachine):
         return {str(row["message_id"]): (str(row["consumer"]), int(row["times_delivered"])) for row in rows}
 
 
-FULL = os.environ.get("TEST_ALL") == "1"
 PROFILE = settings(
-    max_examples=1_000 if FULL else 100,
-    stateful_step_count=60 if FULL else 40,
+    max_examples=60,
+    stateful_step_count=40,
     deadline=None,
     database=None,
     print_blob=True,
@@ -397,6 +395,14 @@ def server() -> Iterator[None]:
 def test_transitions_do_what_the_model_says() -> None:
     """Any order of transitions, by workers alive, dead or late, leaves each mail in one place, done once, as the model says."""
     run_state_machine_as_test(LifeOfMail, settings=PROFILE)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("server")
+def test_transitions_do_what_the_model_says_for_long() -> None:
+    """The same, longer and more often."""
+    run_state_machine_as_test(LifeOfMail, settings=settings(PROFILE, max_examples=500, stateful_step_count=60))
 
 
 MUTANTS = (

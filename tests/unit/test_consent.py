@@ -218,6 +218,25 @@ def test_each_of_several_accounts_gets_its_file(sandbox: Sandbox, tmp_path: Path
     assert [read_token(tmp_path / "tokens" / f"{account}.json").account for account in (ANN, BOB)] == [ANN, BOB]
 
 
+def test_accounts_of_a_file_consent_into_the_places_it_names(sandbox: Sandbox, tmp_path: Path) -> None:
+    """ACCOUNTS_FILE: each account that logs in by a consent is asked, the others are not; where none does, exit 2 says so."""
+    path = tmp_path / "accounts.toml"
+    password = '[[account]]\nusername = "post@example.org"\nauth_method = "password"\npassword_file = "p"\n'
+    path.write_text(
+        f'[[account]]\nusername = "{ANN}"\n{password}[[account]]\nusername = "{BOB}"\ntoken_file = "{tmp_path}/bobs.json"\n'
+    )
+    with setting_up(tmp_path, sandbox, "producer.py", "--auth-setup", "--no-browser", ACCOUNTS_FILE=str(path)) as process:
+        for account in (ANN, BOB):
+            visit(redirected(shown(process)[0], account))
+        assert process.wait(20) == 0
+    assert read_token(tmp_path / "tokens" / f"{ANN}.json").account == ANN
+    assert read_token(tmp_path / "bobs.json").account == BOB
+    path.write_text(password)
+    with setting_up(tmp_path, sandbox, "producer.py", "--auth-setup", "--no-browser", ACCOUNTS_FILE=str(path)) as process:
+        printed, _ = process.communicate(timeout=20)
+    assert (process.returncode, printed) == (2, "producer.py: AUTH_METHOD=password: needs no consent\n")
+
+
 def test_one_file_takes_one_account(sandbox: Sandbox, tmp_path: Path) -> None:
     """--token-file with two accounts in GMAIL_USERNAME: exit 2, or the second token would replace the first."""
     command = ("-m", "src.auth.oauth2_gmail", "--setup", "--no-browser", "--token-file", str(tmp_path / "t.json"))

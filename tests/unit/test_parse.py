@@ -157,6 +157,10 @@ def test_a_subject_cannot_smuggle_lines_or_terminal_sequences() -> None:
         ("=?utf-8?q?Doe=2C_Ann?= <a@b.c>", [("Doe, Ann", "a@b.c")]),
         ('"=?utf-8?q?J=C3=B6rg?=" <a@b.c>', [("Jörg", "a@b.c")]),
         ("Team: a@b.c, Dora <d@e.f>;, g@h.i", [("", "a@b.c"), ("Dora", "d@e.f"), ("", "g@h.i")]),
+        ("Team (ours): a@b.c, d@e.f (Dora);", [("", "a@b.c"), ("Dora", "d@e.f")]),
+        ('"a b"@c.d, <"e f"@g.h>', [("", '"a b"@c.d'), ("", '"e f"@g.h')]),
+        ("a (x) @ b . c", [("x", "a@b.c")]),
+        ('"a@b.c"', [("", "a@b.c")]),
         ("undisclosed-recipients:;", []),
         ("a@b.c; d@e.f", [("", "a@b.c"), ("", "d@e.f")]),
         ("Ann", [("", "Ann")]),
@@ -285,6 +289,7 @@ def test_every_line_end_is_a_line_end(end: bytes) -> None:
         ("", "grün".encode(), "grün", False),
         ("", "grün".encode("cp1252"), "grün", True),
         ("nonsense", "grün".encode(), "grün", True),
+        ("iso-2022-jp", b"\x1b(I1\x1b(B", "ｱ", False),  # half-width, as Japanese senders use it
         ("gb2312", "中文".encode("gb18030"), "中文", False),
         ("iso-2022-jp", "日本".encode("iso-2022-jp"), "日本", False),
         ("shift_jis", "日本".encode("cp932"), "日本", False),
@@ -413,6 +418,13 @@ def test_flowed_text(text: str, joined: str) -> None:
     assert unflow(text, delete_space=False) == joined
 
 
+def test_html_may_name_its_charset_itself() -> None:
+    """Where the part does not: a page that was written for the web."""
+    page = '<html><head><meta http-equiv=x content="text/html; charset=koi8-r"></head><p>привет</p>'.encode("koi8-r")
+    assert parse(b"Content-Type: text/html\n\n" + page, ENVELOPE).body_text == "привет"
+    assert parse(b"Content-Type: text/html; charset=cp1251\n\n" + page, ENVELOPE).body_text != "привет"
+
+
 def test_the_preview_is_one_line_without_padding() -> None:
     """Newsletters pad their preview with invisible characters."""
     record = read("Content-Type: text/html; charset=utf-8\n\n<p>Offer" + "&zwnj;&nbsp;" * 300 + "</p>\n<p>Now\nor never</p>")
@@ -516,6 +528,18 @@ def test_the_texts_of_a_related_are_its_root() -> None:
     page = "Content-Type: text/html\n\n<p>page</p>"
     record = read(multipart(page, "Content-ID: <1>\n\nfile", "\nmore", kind="related"))
     assert (record.body_text, record.attachments) == ("page\n\nmore", (attached(b"file", "", "text/plain"),))
+
+
+def test_versions_of_a_text_may_have_names() -> None:
+    """Some senders name both; neither is a file for that."""
+    record = read(multipart("\nplain", "Content-Type: text/html; name=a.html\n\n<p>html</p>", kind="alternative"))
+    assert (record.body_text, record.attachments) == ("plain", ())
+
+
+def test_parameters_in_pieces_stand_beside_whole_ones() -> None:
+    """RFC 2231 for one of them changes nothing for the others."""
+    record = read("Content-Type: text/plain; charset=koi8-r; x*=utf-8''%41\nContent-Transfer-Encoding: base64\n\n0NLJ18XU")
+    assert (record.body_text, record.defects) == ("привет", ())
 
 
 def test_all_texts_of_the_chosen_version_are_read() -> None:
