@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from src.common.exceptions import Permanent
+from src.common.exceptions import Permanent, RetryLater
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,4 +42,6 @@ def decide(error: BaseException, attempts_before: int, policy: Policy, chance: f
         return Decision("bury", 0.0, "permanent")
     if attempt >= policy.attempts:
         return Decision("bury", 0.0, "attempts")
+    if isinstance(error, RetryLater):
+        return Decision("retry", error.seconds, "")
     return Decision("retry", chance * ceiling(attempt, policy), "")

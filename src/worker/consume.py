@@ -40,6 +40,7 @@ class Consumer:
     handler: Handler
     clock: Clock
     chance: Callable[[], float]
+    fetch_raw: Callable[[str], bytes] | None = None
     counts: Counter[str] = field(default_factory=Counter)
     blocked: str = ""
 
@@ -234,6 +235,7 @@ class Consumer:
             policy=self.policy,
             chance=self.chance,
             result_max=self.stream.result_max_bytes,
+            fetch_raw=self.fetch_raw,
         )
 
     def settle(self, outcomes: Sequence[Done | Failure]) -> None:

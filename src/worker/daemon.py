@@ -12,9 +12,10 @@ import socket
 import threading
 
 from config.settings import Settings
+from src.common.archive import open_archive
 from src.common.batch import Batcher
 from src.common.clock import Clock
-from src.common.exceptions import GroupMissing, Transient
+from src.common.exceptions import ArchiveUnavailable, GroupMissing, Transient
 from src.common.health import Beats, liveness
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
@@ -45,7 +46,10 @@ class Worker:
         self.shutdown = shutdown
         self.clock = clock
         self.seat = Seat(redis, Keys(settings.stream.name), settings.stream.group, name)
-        self.consumer = Consumer(self.seat, settings.stream, work, handler, clock, random.random)
+        place = settings.run.raw_archive
+        self.archive = open_archive(place.get_secret_value() if place else None, settings.run.data_dir)
+        fetch_raw = self.archive.get if self.archive else None
+        self.consumer = Consumer(self.seat, settings.stream, work, handler, clock, random.random, fetch_raw)
         self.beats = Beats(clock)
         self.ready: queue.SimpleQueue[Started] = queue.SimpleQueue()
         self.settler: Batcher[Done | Failure] = Batcher(self._settle, most=work.batch_size, seconds=GROUP_COMMIT)
@@ -64,6 +68,7 @@ class Worker:
         shutdown.guard("leases", self._keep_leases)
         shutdown.guard("pulse", self._pulse)
         reader = shutdown.guard("reader", self._read_loop)
+        self._look_at_archive()
         log.info("worker %s reads %s as group %s", self.seat.consumer, self.seat.keys.stream, self.seat.group)
 
         shutdown.add_step(10, "reader", lambda: reader.join(settings.run.shutdown_timeout))
@@ -80,6 +85,14 @@ class Worker:
         shutdown.run_steps()
         self._report()
         log.info("stopped after %.1f s", self.clock.monotonic() - began)
+
+    def _look_at_archive(self) -> None:
+        """Say at once what a handler would find out with its first `email.raw()`."""
+        try:
+            if self.archive:
+                self.archive.check()
+        except ArchiveUnavailable as error:
+            log.warning("raw mail: %s", error)
 
     # the loops
 

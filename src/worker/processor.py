@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.common.correlation import correlated
-from src.common.exceptions import ConfigurationError, Permanent
+from src.common.exceptions import ConfigurationError, Permanent, SkipEmail
 from src.mail.record import Email
 from src.worker.backoff import Policy, decide
 from src.worker.delivery import Delivery
@@ -59,6 +59,9 @@ def load_handler(spec: str | None) -> Handler:
         inspect.signature(handler).bind(None, None)
     except TypeError:
         raise ConfigurationError(f"WORKER_HANDLER={spec}: {name} must take (email, context)") from None
+    prepare = getattr(module, "prepare", None)
+    if callable(prepare):
+        prepare()  # a handler's own start: settings, connections; ConfigurationError ends the worker with exit code 2
     return handler  # type: ignore[no-any-return]  # what it returns is checked at each call
 
 
@@ -75,13 +78,25 @@ def summarize(email: Email, context: Context) -> dict[str, Any]:
 
 
 def handle(
-    handler: Handler, delivery: Delivery, attempts: int, *, policy: Policy, chance: Callable[[], float], result_max: int
+    handler: Handler,
+    delivery: Delivery,
+    attempts: int,
+    *,
+    policy: Policy,
+    chance: Callable[[], float],
+    result_max: int,
+    fetch_raw: Callable[[str], bytes] | None = None,
 ) -> Done | Failure:
-    """Run `handler` on one mail and decide what becomes of it. `attempts`: failed ones so far. Raises nothing of the handler's."""
+    """Run `handler` on one mail and decide what becomes of it. `attempts`: failed ones so far. Raises nothing of the handler's.
+
+    `fetch_raw`: raw_ref → raw mail; None where no archive is kept.
+    """
     context = Context(delivery.email_id, attempts + 1, delivery.replays, logging.getLogger("handler"))
     with correlated(delivery.correlation_id):
         try:
-            return Done(delivery, "done", encoded(handler(Email(delivery.fields), context), result_max))
+            return Done(delivery, "done", encoded(handler(Email(delivery.fields, fetch_raw), context), result_max))
+        except SkipEmail as error:
+            return Done(delivery, "skipped", encoded({"reason": _words(error)[:500]}, result_max))
         except BaseException as error:  # noqa: BLE001  # the handler's edge: whatever it raises (also asyncio.CancelledError) is its mail's fate
             decision = decide(error, attempts, policy, chance())
             frames = "".join(traceback.format_exception(error, limit=-TRACEBACK_FRAMES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from contextlib import ExitStack
@@ -175,3 +176,23 @@ def test_thousand_mails(gmail: Pipeline) -> None:
     assert len(dead) == 10
     gmail.assert_accounted(dead=dead)
     until(lambda: gmail.client.get(f"producer_state:{gmail.account}:INBOX:email_count") == "1000", what="the count of mails")
+
+
+def test_a_handler_has_the_raw_mail_and_its_attachments(gmail: Pipeline) -> None:
+    """`email.raw()` is what the mailbox holds, byte for byte; `attachments[i].open()` gives the decoded file."""
+    raw = (
+        b'Message-ID: <raw@x>\r\nSubject: raw\r\nMIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary="b"\r\n\r\n'
+        b"--b\r\nContent-Type: text/plain\r\n\r\nhello\r\n"
+        b'--b\r\nContent-Type: application/pdf\r\nContent-Disposition: attachment; filename="a.pdf"\r\n'
+        b"Content-Transfer-Encoding: base64\r\n\r\nJVBERi0xLjQ=\r\n--b--\r\n"
+    )
+    gmail.source.deliver(gmail.account, raw)
+    with (
+        gmail.producer("--once") as producer,
+        gmail.worker(WORKER_HANDLER="tests.support.handlers:measure_raw") as worker,
+    ):
+        assert producer.exit_code(DEADLINE) == 0
+        [(_, line)] = until(lambda: gmail.redis.client().xrange(f"{STREAM}:results"), DEADLINE, "the mail is done")
+        assert worker.running()
+        result = json.loads(line["result"])
+    assert result == {"sha256": hashlib.sha256(raw).hexdigest(), "attachments": ["%PDF"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from src.handlers.sql import SqlSettings, attachments, connect, create_tables, e
 from src.mail.record import Address, Attachment, Email, Envelope, Record, to_fields
 from tests.support.account import read_books
 from tests.support.daemons import ROOT, Daemon
-from tests.support.hooks import HookServer, Request
+from tests.support.hooks import HookServer, Request, answering
 from tests.support.postgres import PostgresServer, have_postgres
 from tests.support.servers import RedisServer, need
 from tests.support.wait import until
@@ -427,3 +428,26 @@ def test_classify_in_a_worker(valkey: RedisServer, tmp_path: Path) -> None:
     results = {fields["email_id"]: json.loads(fields["result"]) for _, fields in workers.client.xrange(f"{STREAM}:results")}
     expected = {email_id(number): {"priority": "normal", "labels": []} for number in range(10)}
     assert results == expected | {email_id(7): {"priority": "high", "labels": ["seven"]}}
+
+
+def test_retry_after_is_the_mails_due_time(valkey: RedisServer, tmp_path: Path) -> None:
+    """503 with Retry-After: 3600 puts the mail an hour away, whatever the backoff would say."""
+    with HookServer(answering(503, "Retry-After: 3600")) as server:
+        workers = Workers(valkey, tmp_path, "webhook", **hook_env(server))
+        fill(workers.client, 1)
+        with workers.worker():
+            until(lambda: workers.client.zcard(f"{STREAM}:due"), DEADLINE, "the mail waits for its next attempt")
+            [(_, due)] = workers.client.zrange(f"{STREAM}:due", 0, -1, withscores=True)
+            assert 3500 < due // 1000 - workers.client.time()[0] <= 3600
+
+
+@pytest.mark.parametrize("handler", ["webhook", "sql", "jsonl", "classify"])
+def test_a_worker_without_its_handlers_settings(valkey: RedisServer, tmp_path: Path, handler: str) -> None:
+    """Exit code 2 and one line that names the variable, before any mail is read."""
+    workers = Workers(valkey, tmp_path, handler)
+    fill(workers.client, 1)
+    with workers.worker() as worker:
+        assert worker.exit_code() == 2
+        assert re.fullmatch(r"worker\.py: (WEBHOOK_URL|SQL_URL|JSONL_PATH|CLASSIFY_RULES)\b.*\n", worker.output())
+    assert workers.left() == 1
+    assert not workers.client.xinfo_groups(STREAM)

@@ -13,6 +13,7 @@ Journal and files stand in the folder of the journal, which the environment name
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
@@ -82,3 +83,11 @@ def at_work(journal: Path, pid: int) -> int:
     """How many mails process `pid` has begun and not ended."""
     mine = [line.event for line in read_journal(journal) if line.pid == pid]
     return mine.count("begin") - mine.count("end")
+
+
+def measure_raw(email: Email, context: Context) -> dict[str, Any]:
+    """What the archive gives: the raw mail's SHA-256, and each attachment's first bytes."""
+    return {
+        "sha256": hashlib.sha256(email.raw()).hexdigest(),
+        "attachments": [file.open().read(4).decode("latin-1") for file in email.attachments],
+    }
