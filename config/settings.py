@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SINCE_DAYS = re.compile(r"since:(\d{1,4})d")
+HANDLER = re.compile(r"(?:[\w.]+|.+\.py):\w+")
 ARCHIVE = re.compile(r"off|file:(?!//(?!/)).+|(?!file:)[a-z][a-z0-9+.:-]*://.+")
 
 
@@ -233,14 +234,40 @@ class AuthSettings(Section):
 
 class WorkSettings(Section):
     handler: str | None = Field(
-        None, alias="WORKER_HANDLER", description="package.module:function. Unset: the built-in one (log a line, done)."
+        None,
+        alias="WORKER_HANDLER",
+        description="package.module:function or path/to/file.py:function. Unset: the built-in one (log a line, done).",
+    )
+    handlers_file: Path | None = Field(
+        None,
+        alias="HANDLERS_FILE",
+        description="TOML file of several handlers with simple rules, the first match wins (docs/handlers.md); what none matches goes "
+        "to WORKER_HANDLER.",
+    )
+    isolation: Literal["thread", "process"] = Field(
+        "thread",
+        alias="WORKER_ISOLATION",
+        description="Where handlers run: threads of the worker, or processes of their own, which can be killed.",
+    )
+    handler_timeout: Positive = Field(
+        1800,
+        alias="HANDLER_TIMEOUT",
+        description="Seconds a handler may take; then the attempt has failed. A process is killed, a thread cannot be stopped.",
+    )
+    handler_memory_mb: int | None = Field(
+        None,
+        alias="HANDLER_MEMORY_MB",
+        ge=256,
+        description="Megabytes of address space of a process that runs handlers: more is a MemoryError in the handler. Unset: no limit.",
     )
     label: str | None = Field(
         None, alias="CONSUMER_NAME", description="Label of this worker; the name in Redis is <label>-<pid>-<nonce>."
     )
     batch_size: int = Field(100, alias="WORKER_BATCH_SIZE", ge=1, le=500, description="Most mails in one read.")
     block_ms: int = Field(2000, alias="WORKER_BLOCK_MS", ge=1, le=8000, description="Milliseconds a read waits for mail.")
-    concurrency: int = Field(8, alias="WORKER_CONCURRENCY", ge=1, le=256, description="Handlers at work at once (threads).")
+    concurrency: int = Field(
+        8, alias="WORKER_CONCURRENCY", ge=1, le=2000, description="Handlers at work at once: threads, processes, or async tasks."
+    )
     lease: Positive = Field(
         60, alias="LEASE_SECONDS", description="Seconds without renewal after which another worker takes a mail over."
     )
@@ -250,16 +277,23 @@ class WorkSettings(Section):
     )
     max_attempts: int = Field(8, alias="MAX_ATTEMPTS", ge=1, description="Failed attempts before a mail is buried.")
     backoff_base: Positive = Field(
-        1, alias="BACKOFF_BASE", description="Seconds; the delay after attempt n is random in 0 … base x factor^(n-1)."
+        1, alias="BACKOFF_BASE", description="Seconds: the delay after attempt n is base x factor^(n-1), less the jitter."
     )
     backoff_factor: float = Field(2, alias="BACKOFF_FACTOR", ge=1, allow_inf_nan=False, description="Growth of the delay.")
     backoff_cap: Positive = Field(3600, alias="BACKOFF_CAP", description="Longest delay in seconds.")
+    backoff_jitter: float = Field(
+        1,
+        alias="BACKOFF_JITTER",
+        ge=0,
+        le=1,
+        description="The random part of the delay: 1 anything from 0 up to it, 0 exactly it.",
+    )
 
     @field_validator("handler")
     @classmethod
     def _form(cls, value: str | None) -> str | None:
-        if value and not re.fullmatch(r"[\w.]+:\w+", value):
-            raise ValueError("must look like package.module:function")
+        if value and not HANDLER.fullmatch(value):
+            raise ValueError("must look like package.module:function or path/to/file.py:function")
         return value
 
 

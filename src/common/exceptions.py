@@ -30,6 +30,10 @@ class RetryLater(Transient):
         self.seconds = seconds
 
 
+class LeaseLost(Transient):
+    """Another worker has this mail by now: its handler is to stop, what it did may be repeated."""
+
+
 class SkipEmail(IngestionError):
     """A handler raises it with the reason: there is nothing to do for this mail, it is done."""
 

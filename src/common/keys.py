@@ -74,6 +74,10 @@ class Keys:
         """Stream of {email_id, outcome, result}: a bounded log."""
         return f"{self.stream}:results"
 
+    def steps(self, email_id: str) -> str:
+        """Hash step → JSON: what the steps of this mail returned (`context.once`)."""
+        return f"{self.stream}:steps:{email_id}"
+
     @cached_property
     def open(self) -> str:
         """Hash `<account>|<mailbox>|<YYYYMMDD>` → how many unfinished or dead mails have that INTERNALDATE day."""

@@ -16,7 +16,7 @@ STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "
 
 class _Correlation(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        record.correlation_id = correlation.current()
+        record.correlation_id = getattr(record, "correlation_id", "") or correlation.current()
         return True
 
 

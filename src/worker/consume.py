@@ -6,52 +6,55 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
 
 from config.settings import StreamSettings, WorkSettings
 from src.common.batch import each_answered
+from src.common.circuit_breaker import Breakers
 from src.common.clock import Clock
 from src.common.exceptions import ScriptRefused, Transient
 from src.worker import dlq, idempotency, recovery
-from src.worker.backoff import Policy
 from src.worker.delivery import Delivery, Seat
 from src.worker.dlq import Failed, Failure
 from src.worker.idempotency import Begun, Done
-from src.worker.processor import Handler, handle
+from src.worker.processor import Handlers, Outcome, Started, Terms, handle
+from src.worker.steps import LocalServices
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A mail whose handler is to run now. `attempts`: failed ones so far."""
-
-    delivery: Delivery
-    attempts: int
+LAST = 100  # outcomes that are remembered; where half of them are deaths of one error group, something is broken
 
 
 @dataclass
 class Consumer:
-    """One consumer of the group. Its methods may be called from several threads; each may raise what RedisClient raises."""
+    """One consumer of the group. Its methods may be called from several threads; each may raise what RedisClient raises.
+
+    `again`: repeats a call of a handler while Redis is away. `alone_ready`: may a suspect begin, that is: does the process in which it
+    will run alone stand ready?
+    """
 
     seat: Seat
     stream: StreamSettings
     work: WorkSettings
-    handler: Handler
+    handlers: Handlers
+    terms: Terms
     clock: Clock
-    chance: Callable[[], float]
-    fetch_raw: Callable[[str], bytes] | None = None
+    breakers: Breakers
+    again: Callable[[Callable[[], Any]], Any]
+    alone_ready: Callable[[], bool] = lambda: True
     counts: Counter[str] = field(default_factory=Counter)
     blocked: str = ""
 
     def __post_init__(self) -> None:
-        work = self.work
-        self.policy = Policy(work.max_attempts, work.backoff_base, work.backoff_factor, work.backoff_cap)
         self.settled = threading.Condition()
         self._in_flight: dict[str, Delivery] = {}
         self._unbegun: list[Delivery] = []
         self._suspects: deque[Delivery] = deque()
-        self._alone = ""  # stream id of the suspect that started last
+        self._alone = ""  # stream id of the suspect that was begun last
+        self._deaths: deque[str] = deque(maxlen=LAST)  # the error group of each dead mail, "" for a done one
+        self._dead_at_stop = 0
         self._next_look = 0.0
         self._no_recovery_before = 0.0  # after an outage every lease looks run out until its owner has renewed it
 
@@ -65,26 +68,35 @@ class Consumer:
             return len(self._in_flight)
 
     def at_work(self) -> int:
-        """How many mails handlers have now: without those that wait to run alone or to be begun, which take no handler's place."""
+        """How many mails take a handler's place now: not those that wait to run alone or to be begun, nor the one that runs alone."""
         with self.settled:
-            return len(self._in_flight) - len(self._suspects) - len(self._unbegun)
+            return self._running() - (self._alone in self._in_flight)
+
+    def resting(self) -> bool:
+        """No handler has a mail. The caller holds `settled`."""
+        return self._running() == 0
+
+    def _running(self) -> int:
+        return len(self._in_flight) - len(self._suspects) - len(self._unbegun)
 
     # take and begin
 
     def take(self, room: int) -> list[Started]:
-        """One turn: up to `room` mails to start now; waits up to the block time for new ones.
+        """One turn: up to `room` mails to start now, and a suspect; waits up to the block time for new ones.
 
-        Suspects first: a mail whose last start never finished runs when nothing else is in flight, and nothing is read beside it.
+        A suspect is a mail whose last start never finished. Suspects run one at a time, each in a process of its own: when the worker
+        itself dies, only one of them was started in vain.
         """
         try:
-            if self._suspects:
-                return self._take_suspect()
-            return [] if self._suspect_runs() else self._take(room)
+            return self._take(room) + self._begin_suspect()
         except Transient:
             self._no_recovery_before = self.clock.monotonic() + self.renew_every
             raise
 
     def _take(self, room: int) -> list[Started]:
+        if room <= 0:
+            self._wait()
+            return []
         if self.clock.monotonic() >= self._next_look and self._look_around():
             self._taken(recovery.promote(self.seat, most=room))
             if self.clock.monotonic() >= self._no_recovery_before:
@@ -102,30 +114,50 @@ class Consumer:
             self.seat.group,
             self.seat.consumer,
             count=min(most, self.work.batch_size),
-            block_ms=1 if self._unbegun else max(1, min(self.work.block_ms, round(until_look * 1000))),
+            block_ms=1 if self._unbegun or self._suspects else max(1, min(self.work.block_ms, round(until_look * 1000))),
         )
         return [Delivery(stream_id, 1, fields) for stream_id, fields in fresh]
 
     def _wait(self) -> None:
         """Until something is settled, at most a tick."""
         with self.settled:
-            self.settled.wait(timeout=self.work.recovery_tick)
+            self.settled.wait(timeout=min(0.25, self.work.recovery_tick))
 
     def _look_around(self) -> bool:
-        """Once a tick: may we take on work? The dead letters decide, and a schema that we do not know."""
+        """Once a tick: may we take on work? The dead letters decide, breakers, and a schema that we do not know."""
         self._next_look = self.clock.monotonic() + self.work.recovery_tick
         if self.blocked.startswith("schema"):
             return False
         dead = self.seat.redis.length(self.seat.keys.dlq)
-        blocked = f"{dead} dead letters (DLQ_MAX={self.stream.dlq_max})" if dead >= self.stream.dlq_max else ""
+        blocked = self._why_not(dead)
         if blocked and not self.blocked:
-            log.error(
-                "%s: reading stops. Look: python scripts/dlq.py list. Then: python scripts/dlq.py replay|discard --all", blocked
-            )
+            log.error("%s: reading stops. %s", blocked, self._what_to_do(blocked))
         elif self.blocked and not blocked:
-            log.info("%d dead letters, below DLQ_MAX=%d: reading again", dead, self.stream.dlq_max)
+            log.info("reading again (%s)", self.blocked)
         self.blocked = blocked
         return not blocked
+
+    def _why_not(self, dead: int) -> str:
+        """Why no mail may be taken now, "" if it may. `dead`: letters in the dead-letter stream."""
+        if dead >= self.stream.dlq_max:
+            return f"{dead} dead letters (DLQ_MAX={self.stream.dlq_max})"
+        if dead < self._dead_at_stop:  # someone replayed or discarded: the handler was mended
+            self._deaths.clear()
+            self._dead_at_stop = 0
+        group, deaths = max(Counter(filter(None, self._deaths)).items(), key=lambda item: item[1], default=("", 0))
+        if 2 * deaths >= LAST:
+            self._dead_at_stop = self._dead_at_stop or dead
+            return f"half of the last {LAST} mails died of one error ({group})"
+        seconds = self.breakers.all_open()
+        return "every breaker is open" if seconds is not None else ""
+
+    def _what_to_do(self, blocked: str) -> str:
+        if blocked.startswith("every"):
+            return "It goes on by itself when the first one lets a call in"
+        return (
+            "Look: python scripts/dlq.py groups. Mend the handler and restart the workers, then: "
+            "python scripts/dlq.py replay --all, or discard --all"
+        )
 
     def _recover(self, room: int) -> list[Delivery]:
         with self.settled:
@@ -165,7 +197,7 @@ class Consumer:
             if isinstance(answer, Begun) and answer.verdict == "SUSPECT":
                 self._suspects.append(mail)
             elif isinstance(answer, Begun) and answer.verdict == "GO":
-                started.append(Started(mail, answer.attempts))
+                started.append(Started(mail, answer.attempts, self.handlers.of(mail.fields)))
             else:
                 self._not_started(mail, answer)
         duplicates = sum(1 for answer in answers if isinstance(answer, Begun) and answer.verdict == "DUP")
@@ -174,11 +206,12 @@ class Consumer:
         self.counts["started"] += len(started)
         return started
 
-    def _take_suspect(self) -> list[Started]:
+    def _begin_suspect(self) -> list[Started]:
         with self.settled:
-            if len(self._in_flight) > len(self._suspects):
-                self.settled.wait(timeout=self.work.recovery_tick)
+            if not self._suspects or self._alone in self._in_flight:
                 return []
+        if not self.alone_ready():
+            return []
         mail = self._suspects[0]
         [answer] = each_answered(lambda mails: self._begun(mails, solo=True), [mail])
         self._suspects.popleft()
@@ -186,14 +219,9 @@ class Consumer:
             self._alone = mail.stream_id
             self.counts["started"] += 1
             log.info("%s did not finish its last start: it runs alone now", mail.email_id)
-            return [Started(mail, answer.attempts)]
+            return [Started(mail, answer.attempts, self.handlers.of(mail.fields), alone=True)]
         self._not_started(mail, answer)
         return []
-
-    def _suspect_runs(self) -> bool:
-        """Whether a suspect is still at work, after a tick at most: nothing starts beside it, or it would be counted with it."""
-        with self.settled:
-            return not self.settled.wait_for(lambda: self._alone not in self._in_flight, timeout=self.work.recovery_tick)
 
     def _begun(self, mails: Sequence[Delivery], *, solo: bool) -> list[Begun]:
         return idempotency.begin(self.seat, mails, solo=solo, poison_starts=self.work.poison_starts, now=self.clock.wall())
@@ -226,19 +254,24 @@ class Consumer:
 
     # handle and settle
 
-    def handle(self, started: Started) -> Done | Failure:
-        """Run the user's handler on a mail. Touches neither Redis nor the clock."""
-        return handle(
-            self.handler,
-            started.delivery,
-            started.attempts,
-            policy=self.policy,
-            chance=self.chance,
-            result_max=self.stream.result_max_bytes,
-            fetch_raw=self.fetch_raw,
-        )
+    def services(self, started: Started) -> LocalServices:
+        """What the handler of this mail can ask for."""
+        keep = self.stream.processed_days * 86_400
+        return LocalServices(self.seat, started.delivery, self.breakers, keep, self.again)
 
-    def settle(self, outcomes: Sequence[Done | Failure]) -> None:
+    def handle(self, started: Started) -> Outcome:
+        """Run a plain handler on a mail, in this thread."""
+        services = self.services(started)
+        deadline = self.clock.wall() + timedelta(seconds=started.handler.timeout)
+        return self.finished(started, services, handle(started, services, self.terms, deadline))
+
+    def finished(self, started: Started, services: LocalServices, outcome: Outcome) -> Outcome:
+        """`outcome`, and whether steps of the mail may stand in Redis: kept now, or in an earlier life of it."""
+        mail = started.delivery
+        kept = services.kept or started.attempts > 0 or mail.count > 1 or mail.replays > 0
+        return replace(outcome, steps=True) if kept and isinstance(outcome, Done) else outcome
+
+    def settle(self, outcomes: Sequence[Outcome]) -> None:
         """Record what became of mails, each by its own verdict. Safe to repeat after an error."""
         done = [outcome for outcome in outcomes if isinstance(outcome, Done)]
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
@@ -266,6 +299,7 @@ class Consumer:
         email_id = done.delivery.email_id
         if verdict in ("OK", "ALREADY"):
             self.counts["done"] += 1
+            self._deaths.append("")
         elif verdict == "LOST":
             self.counts["lost"] += 1
             log.warning(
@@ -280,11 +314,16 @@ class Consumer:
         if isinstance(answer, ScriptRefused):
             self.counts["refused"] += 1
             log.error("Redis refuses to record the failure of %s: %s. It is tried again after its lease.", email_id, answer)
-        elif answer.verdict in ("RETRY", "POSTPONED", "ALREADY"):
+        elif answer.verdict == "POSTPONED":
+            self.counts["postponed"] += 1
+            log.debug("%s is postponed by %.1f s (%s)", email_id, failure.delay, error)
+        elif answer.verdict in ("RETRY", "ALREADY"):
             self.counts["retried"] += 1
             log.warning("attempt %d of %s failed (%s), next in %.1f s", answer.attempts, email_id, error, failure.delay)
         elif answer.verdict == "DEAD":
             self.counts["dead"] += 1
+            if failure.verb != "foreign":
+                self._deaths.append(dlq.fingerprint(failure.error_type, failure.error, failure.traceback))
             log.error("%s is dead after %d attempts (%s)", email_id, answer.attempts, error)
         elif answer.verdict == "GONE":
             log.error("%s was deleted from the stream by someone else while it was handled", email_id)

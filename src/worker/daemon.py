@@ -5,15 +5,19 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import queue
 import random
 import secrets
 import socket
 import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
+from config.routes import Route
 from config.settings import Settings
 from src.common.archive import open_archive
 from src.common.batch import Batcher
+from src.common.circuit_breaker import Breakers, Rules
 from src.common.clock import Clock
 from src.common.exceptions import ArchiveUnavailable, GroupMissing, Transient
 from src.common.health import Beats, liveness
@@ -23,11 +27,11 @@ from src.common.retry import retry_on_redis_error
 from src.common.shutdown import Shutdown
 from src.monitoring import endpoint
 from src.worker import recovery
-from src.worker.consume import Consumer, Started
+from src.worker.child import Child
+from src.worker.consume import Consumer
 from src.worker.delivery import Seat
-from src.worker.dlq import Failure
-from src.worker.idempotency import Done
-from src.worker.processor import Handler
+from src.worker.processor import Handlers, Outcome, Started, Terms
+from src.worker.runners import Runners
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +41,44 @@ GROUP_COMMIT = 0.005  # seconds that a finished mail waits for others to be sett
 
 
 class Worker:
-    """Reader → queue → handler threads → settler; beside them one thread renews leases, one proves that the GIL moves."""
+    """Reader → runners (threads, processes, an event loop) → settler; beside them one thread renews leases, one proves that the GIL moves.
 
-    def __init__(self, settings: Settings, handler: Handler, redis: RedisClient, shutdown: Shutdown, clock: Clock) -> None:
+    `drain`: end when no mail is left.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        handlers: Handlers,
+        routes: Sequence[Route],
+        redis: RedisClient,
+        shutdown: Shutdown,
+        clock: Clock,
+        *,
+        drain: bool = False,
+    ) -> None:
         work = settings.work
         name = f"{work.label or socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.settings = settings
         self.shutdown = shutdown
         self.clock = clock
+        self.drain = drain
         self.seat = Seat(redis, Keys(settings.stream.name), settings.stream.group, name)
         place = settings.run.raw_archive
         self.archive = open_archive(place.get_secret_value() if place else None, settings.run.data_dir)
-        fetch_raw = self.archive.get if self.archive else None
-        self.consumer = Consumer(self.seat, settings.stream, work, handler, clock, random.random, fetch_raw)
+        terms = Terms(random.random, settings.stream.result_max_bytes, self.archive.get if self.archive else None)
+        self.breakers = Breakers(Rules(), clock.monotonic, random.random)
+
+        def again(call: Callable[[], Any]) -> Any:
+            return retry_on_redis_error(shutdown)(call)()
+
+        self.consumer = Consumer(self.seat, settings.stream, work, handlers, terms, clock, self.breakers, again)
         self.beats = Beats(clock)
-        self.ready: queue.SimpleQueue[Started] = queue.SimpleQueue()
-        self.settler: Batcher[Done | Failure] = Batcher(self._settle, most=work.batch_size, seconds=GROUP_COMMIT)
+        self.settler: Batcher[Outcome] = Batcher(self._settle, most=work.batch_size, seconds=GROUP_COMMIT)
+        new_child = partial(Child, settings, routes)
+        self.runners = Runners(self.consumer, self.settler.put, new_child, work.isolation == "process", shutdown, clock)
+        self.consumer.alone_ready = self.runners.suspects.ready
         self.stopped = threading.Event()
-        self._handler_seconds = FAST_HANDLER  # moving average; slow until shown fast
 
     def run(self) -> None:
         """Work until the shutdown is requested, then end in order."""
@@ -63,8 +87,8 @@ class Worker:
         listener = endpoint.open_port(settings.run.http_host, settings.run.http_port, FIRST_PORT)
         stop_endpoint = endpoint.serve(listener, lambda: liveness(self.beats.seen(), self.clock.monotonic()), shutdown)
         settler = shutdown.guard("settler", self.settler.run)
-        for number in range(settings.work.concurrency):
-            shutdown.guard(f"handler-{number}", self._handle_loop)
+        self.runners.start()
+        shutdown.guard("late", self._look_for_late)
         shutdown.guard("leases", self._keep_leases)
         shutdown.guard("pulse", self._pulse)
         reader = shutdown.guard("reader", self._read_loop)
@@ -74,6 +98,7 @@ class Worker:
         shutdown.add_step(10, "reader", lambda: reader.join(settings.run.shutdown_timeout))
         shutdown.add_step(20, "handlers", self._let_handlers_finish)
         shutdown.add_step(30, "settler", lambda: self._end_settler(settler))
+        shutdown.add_step(35, "processes", self.runners.end)
         shutdown.add_step(40, "release", self._release)
         shutdown.add_step(50, "side threads", self.stopped.set)
         shutdown.add_step(60, "endpoint", stop_endpoint)
@@ -100,13 +125,10 @@ class Worker:
         take = retry_on_redis_error(self.shutdown)(self._take)
         while not self.shutdown.requested:
             self.beats.turn("reader", limit=60 + self.settings.redis.socket_timeout)
-            room = self._room()
-            if room <= 0:
-                self._wait_for_room()
-                continue
             try:
-                for started in take(room):
-                    self.ready.put(started)
+                self.runners.put(take(self._room()))
+                if self.drain:
+                    self._end_if_drained()
             except Transient as error:
                 log.warning("reading ended: %s", error)
 
@@ -120,22 +142,26 @@ class Worker:
 
     def _room(self) -> int:
         """Free slots; while handlers are fast, also what they will have finished before the next read returns."""
-        fast = self._handler_seconds < FAST_HANDLER
-        work = self.settings.work
-        return (max(work.concurrency, 3 * work.batch_size) if fast else work.concurrency) - self.consumer.at_work()
+        work, runners = self.settings.work, self.runners
+        most = work.concurrency * (work.batch_size if runners.batches else 1)
+        if runners.seconds < FAST_HANDLER:
+            most = max(most, 3 * work.batch_size)
+        return most - self.consumer.at_work()
 
-    def _wait_for_room(self) -> None:
-        with self.consumer.settled:
-            self.consumer.settled.wait(timeout=min(0.25, self.settings.work.recovery_tick))
+    def _end_if_drained(self) -> None:
+        """Nothing is unfinished, nowhere: neither here nor waiting, nor with another worker. What cannot be drained ends it too."""
+        if self.consumer.blocked and not self.consumer.blocked.startswith("every breaker"):
+            self.shutdown.request(f"cannot drain the stream: {self.consumer.blocked}", exit_code=1)
+        elif self.consumer.in_flight() == 0 and self.seat.redis.length(self.seat.keys.stream) == 0:
+            self.shutdown.request("the stream is drained")
 
-    def _handle_loop(self) -> None:
-        while True:
-            started = self.ready.get()
-            began = self.clock.monotonic()
-            self.settler.put(self.consumer.handle(started))
-            self._handler_seconds += 0.05 * (self.clock.monotonic() - began - self._handler_seconds)
+    def _look_for_late(self) -> None:
+        every = self.settings.work.recovery_tick
+        while not self.stopped.wait(every):
+            self.beats.turn("late", limit=60 + every)
+            self.runners.look_for_late()
 
-    def _settle(self, outcomes: list[Done | Failure]) -> None:
+    def _settle(self, outcomes: list[Outcome]) -> None:
         """In the settler's thread. What cannot be settled before the process ends is recovered after its lease."""
 
         @retry_on_redis_error(self.shutdown)
@@ -175,7 +201,7 @@ class Worker:
     def _let_handlers_finish(self) -> None:
         consumer = self.consumer
         with consumer.settled:
-            consumer.settled.wait_for(lambda: consumer.at_work() == 0, timeout=self.settings.run.shutdown_timeout)
+            consumer.settled.wait_for(consumer.resting, timeout=self.settings.run.shutdown_timeout)
 
     def _end_settler(self, thread: threading.Thread) -> None:
         self.settler.close()

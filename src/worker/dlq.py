@@ -12,7 +12,7 @@ from src.common.keys import Keys
 from src.common.redis_client import Fields, RedisClient
 from src.worker.delivery import Delivery, Place, Seat, numbered, place_of
 
-Verb = Literal["retry", "postpone", "bury", "foreign"]
+Verb = Literal["retry", "crash", "postpone", "bury", "foreign"]
 MAX_ERROR_CHARS = 2_000
 MAX_TRACEBACK_CHARS = 8_000
 
@@ -28,6 +28,7 @@ class Failure:
     error_type: str = ""
     error: str = ""
     traceback: str = ""
+    handler: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,10 +25,13 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Done:
+    """`outcome`: done | skipped. `result`: JSON. `steps`: steps of the mail may be kept (`context.once`): they have an end now."""
+
     delivery: Delivery
     outcome: str
     result: str
     handler: str = ""
+    steps: bool = False
 
 
 def begin(seat: Seat, mails: Sequence[Delivery], *, solo: bool, poison_starts: int, now: datetime) -> list[Begun]:
@@ -52,6 +55,7 @@ def complete(seat: Seat, done: Sequence[Done], *, processed_days: float, results
     places = [place_of(seat.keys, mail.delivery.fields) for mail in done]
     sets, number = numbered(place.processed for place in places)
     keys = seat.keys
+    script_keys = [keys.stream, keys.index, keys.starts, keys.tries, keys.results, keys.open, *sets]
     args: list[str | int] = [seat.group, seat.consumer, round(processed_days * 86_400), results_max, round(results_days * 86_400)]
     for mail, place in zip(done, places, strict=True):
         args += [
@@ -64,6 +68,7 @@ def complete(seat: Seat, done: Sequence[Done], *, processed_days: float, results
         ]
         fields = mail.delivery.fields
         args += [mail.outcome, mail.result, mail.handler, fields["mailbox"], fields.get("uid", ""), fields["internal_date"]]
-        args += [fields.get("from", ""), raw_ref_in(fields["record"])]
-    reply = seat.redis.run("complete", [keys.stream, keys.index, keys.starts, keys.tries, keys.results, keys.open, *sets], args)
-    return list(reply)
+        if mail.steps:
+            script_keys.append(keys.steps(place.email_id))
+        args += [fields.get("from", ""), raw_ref_in(fields["record"]), len(script_keys) if mail.steps else 0]
+    return list(seat.redis.run("complete", script_keys, args))

@@ -1,68 +1,191 @@
-"""The user's code: loaded and checked once, called for each mail; and the built-in handler that runs without any."""
+"""The user's code: loaded and checked once, called for each mail; and the built-in handler that runs without any.
+
+Whatever a handler does, each of its mails ends in a Done or a Failure: `handle` for one mail, `handle_async` for one of an
+async handler, `handle_batch` for many. None of them touches Redis, threads or the clock.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import json
 import logging
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
 
+from config.routes import Route
+from config.settings import WorkSettings
 from src.common.correlation import correlated
 from src.common.exceptions import ConfigurationError, Permanent, SkipEmail
 from src.mail.record import Email
 from src.worker.backoff import Policy, decide
+from src.worker.context import Context, Services, encoded
 from src.worker.delivery import Delivery
 from src.worker.dlq import Failure
 from src.worker.idempotency import Done
 
 TRACEBACK_FRAMES = 20
 
+Outcome = Done | Failure
+
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """What a handler is told beside the mail.
+class Handler:
+    """A loaded handler. `kind`: called with one mail, awaited with one mail, or called with a list of mails. `timeout` in seconds."""
 
-    idempotency_key: stable for this mail, whoever delivers it how often: hand it to outside systems. attempt: from 1.
-    replays: how often the mail came back from the dead letters. log: its lines carry the mail's correlation id.
-    """
-
-    idempotency_key: str
-    attempt: int
-    replays: int
-    log: logging.Logger
+    spec: str
+    call: Callable[..., Any]
+    kind: Literal["plain", "async", "batch"]
+    policy: Policy
+    timeout: float
 
 
-Handler = Callable[[Email, Context], dict[str, Any] | None]
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A mail whose handler is to run now. `attempts`: failed ones so far. `alone`: a suspect, to run in a process of its own."""
+
+    delivery: Delivery
+    attempts: int
+    handler: Handler
+    alone: bool = False
 
 
-def load_handler(spec: str | None) -> Handler:
-    """`package.module:function` → the function. Raises ConfigurationError with the reason."""
-    if spec is None:
-        return summarize
-    module_name, _, name = spec.partition(":")
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What holds for every mail of a worker. `chance`: a number in [0, 1). `fetch_raw`: raw_ref → raw mail; None without an archive."""
+
+    chance: Callable[[], float]
+    result_max: int
+    fetch_raw: Callable[[str], bytes] | None = None
+
+
+# load
+
+
+@dataclass(frozen=True)
+class Handlers:
+    """`default` handles what no route matches."""
+
+    routes: tuple[tuple[Route, Handler], ...]
+    default: Handler
+
+    def of(self, fields: Mapping[str, str]) -> Handler:
+        """The handler of a stream entry: that of the first route whose rules all hold."""
+        if not self.routes:
+            return self.default
+        email = Email(fields)
+        return next((handler for route, handler in self.routes if matches(route, email)), self.default)
+
+    @property
+    def all(self) -> tuple[Handler, ...]:
+        return (*(handler for _, handler in self.routes), self.default)
+
+
+def matches(route: Route, email: Email) -> bool:
+    """Whether all rules of `route` hold. A rule about a record that cannot be decoded does not."""
     try:
-        module = importlib.import_module(module_name)
+        return (
+            (route.mailbox is None or email.mailbox in route.mailbox)
+            and (route.label is None or not set(route.label).isdisjoint(email.labels))
+            and (route.sender_domain is None or _of_domain(email.sender.address, route.sender_domain))
+            and (route.keyword is None or _mentions(email, route.keyword))
+            and (route.is_auto is None or email.is_auto == route.is_auto)
+        )
+    except ValueError:
+        return False
+
+
+def _of_domain(address: str, domains: Sequence[str]) -> bool:
+    domain = address.rpartition("@")[2].lower()
+    return any(domain == wanted.lower() or domain.endswith(f".{wanted.lower()}") for wanted in domains)
+
+
+def _mentions(email: Email, keywords: Sequence[str]) -> bool:
+    text = f"{email.subject}\n{email.text}".casefold()
+    return any(keyword.casefold() in text for keyword in keywords)
+
+
+def load_handlers(work: WorkSettings, routes: Sequence[Route]) -> Handlers:
+    """The handlers of HANDLERS_FILE and WORKER_HANDLER, imported, checked and prepared. Raises ConfigurationError with the reason."""
+    loaded = tuple((route, _handler(work, route.handler, f"{work.handlers_file}: {route.handler}", route)) for route in routes)
+    spec = work.handler
+    default = _handler(work, spec, f"WORKER_HANDLER={spec}", Route(handler=spec or "src.worker.processor:summarize"))
+    return Handlers(loaded, default)
+
+
+def _handler(work: WorkSettings, spec: str | None, title: str, route: Route) -> Handler:
+    call, kind = load_handler(spec, title)
+
+    def own(name: str) -> Any:
+        value = getattr(route, name)
+        return getattr(work, name) if value is None else value
+
+    policy = Policy(*(own(name) for name in ("max_attempts", "backoff_base", "backoff_factor", "backoff_cap", "backoff_jitter")))
+    return Handler(route.handler, call, kind, policy, route.timeout or work.handler_timeout)
+
+
+def load_handler(spec: str | None, title: str) -> tuple[Callable[..., Any], Literal["plain", "async", "batch"]]:
+    """`package.module:function` or `path/to/file.py:function` → the function and its kind. `title`: what an error begins with.
+
+    A function whose first parameter is called `emails` takes batches. Raises ConfigurationError with the reason.
+    """
+    if spec is None:
+        return summarize, "plain"
+    place, _, name = spec.rpartition(":")
+    try:
+        module = _module(place)
     except (Exception, SystemExit) as error:  # user code: importing it may raise anything
         raise ConfigurationError(
-            f"WORKER_HANDLER={spec}: cannot import {module_name} ({type(error).__name__}: {' '.join(str(error).split())})"
+            f"{title}: cannot import {place} ({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
-    handler = getattr(module, name, None)
-    if not callable(handler):
-        raise ConfigurationError(f"WORKER_HANDLER={spec}: {module_name} has no function {name}")
-    if inspect.iscoroutinefunction(handler):
-        raise ConfigurationError(f"WORKER_HANDLER={spec}: {name} is async; a handler is a plain function for now")
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigurationError(f"{title}: {place} has no function {name}")
     try:
-        inspect.signature(handler).bind(None, None)
+        signature = inspect.signature(function)
+        signature.bind(None, None)
     except TypeError:
-        raise ConfigurationError(f"WORKER_HANDLER={spec}: {name} must take (email, context)") from None
+        raise ConfigurationError(f"{title}: {name} must take (email, context), or (emails, contexts) for batches") from None
+    batch = next(iter(signature.parameters)) == "emails"
+    asynchronous = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+    if batch and asynchronous:
+        raise ConfigurationError(f"{title}: {name} takes batches, so it must be a plain function, not async")
     prepare = getattr(module, "prepare", None)
     if callable(prepare):
         prepare()  # a handler's own start: settings, connections; ConfigurationError ends the worker with exit code 2
-    return handler  # type: ignore[no-any-return]  # what it returns is checked at each call
+    return function, "batch" if batch else "async" if asynchronous else "plain"
+
+
+def _module(place: str) -> ModuleType:
+    """A module that can be imported, or a file: named by its path, or as a module that stands in the working directory."""
+    path = Path(place) if place.endswith(".py") else Path(*place.split(".")).with_suffix(".py")
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name != place.partition(".")[0] or not path.is_file():
+                raise
+    name = path.stem
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path.resolve()):
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: dataclasses and pickle look a module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def summarize(email: Email, context: Context) -> dict[str, Any]:
@@ -77,30 +200,90 @@ def summarize(email: Email, context: Context) -> dict[str, Any]:
     }
 
 
-def handle(
-    handler: Handler,
-    delivery: Delivery,
-    attempts: int,
-    *,
-    policy: Policy,
-    chance: Callable[[], float],
-    result_max: int,
-    fetch_raw: Callable[[str], bytes] | None = None,
-) -> Done | Failure:
-    """Run `handler` on one mail and decide what becomes of it. `attempts`: failed ones so far. Raises nothing of the handler's.
+# handle
 
-    `fetch_raw`: raw_ref → raw mail; None where no archive is kept.
-    """
-    context = Context(delivery.email_id, attempts + 1, delivery.replays, logging.getLogger("handler"))
-    with correlated(delivery.correlation_id):
+
+def handle(started: Started, services: Services, terms: Terms, deadline: datetime) -> Outcome:
+    """Run a plain handler on one mail and decide what becomes of it. Raises nothing of the handler's."""
+    email, context = _told(started, services, terms, deadline)
+    with correlated(started.delivery.correlation_id):
         try:
-            return Done(delivery, "done", encoded(handler(Email(delivery.fields, fetch_raw), context), result_max))
-        except SkipEmail as error:
-            return Done(delivery, "skipped", encoded({"reason": _words(error)[:500]}, result_max))
-        except BaseException as error:  # noqa: BLE001  # the handler's edge: whatever it raises (also asyncio.CancelledError) is its mail's fate
-            decision = decide(error, attempts, policy, chance())
-            frames = "".join(traceback.format_exception(error, limit=-TRACEBACK_FRAMES))
-            return Failure(delivery, decision.verb, decision.delay, decision.reason, type(error).__name__, _words(error), frames)
+            return done(started, started.handler.call(email, context), terms)
+        except BaseException as error:  # noqa: BLE001  # the handler's edge: whatever it raises is its mail's fate
+            return settled(started, error, terms)
+
+
+async def handle_async(started: Started, services: Services, terms: Terms, deadline: datetime) -> Outcome:
+    """The same for an async handler. Being cancelled from outside is its mail's fate too: the caller knows that it did it."""
+    email, context = _told(started, services, terms, deadline)
+    with correlated(started.delivery.correlation_id):
+        try:
+            return done(started, await started.handler.call(email, context), terms)
+        except BaseException as error:  # noqa: BLE001  # as above
+            return settled(started, error, terms)
+
+
+def handle_batch(batch: Sequence[Started], services: Sequence[Services], terms: Terms, deadline: datetime) -> list[Outcome]:
+    """Run a batch handler: it returns one verdict a mail, a dict or None (done) or an exception (what it raised for that mail).
+
+    Where it raises itself, every mail of the batch has failed; at their next attempts they come one by one.
+    """
+    told = [_told(started, service, terms, deadline) for started, service in zip(batch, services, strict=True)]
+    try:
+        verdicts = batch[0].handler.call([email for email, _ in told], [context for _, context in told])
+        if not isinstance(verdicts, Sequence) or len(verdicts) != len(batch):
+            raise Permanent(f"a batch handler returns one verdict a mail: a list of {len(batch)}, not {_described(verdicts)}")
+    except BaseException as error:  # noqa: BLE001  # as above
+        return [settled(started, error, terms) for started in batch]
+    return [_judged(started, verdict, terms) for started, verdict in zip(batch, verdicts, strict=True)]
+
+
+def _described(value: object) -> str:
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, Sequence) else type(value).__name__
+
+
+def _judged(started: Started, verdict: object, terms: Terms) -> Outcome:
+    try:
+        return settled(started, verdict, terms) if isinstance(verdict, BaseException) else done(started, verdict, terms)
+    except Permanent as error:
+        return settled(started, error, terms)
+
+
+def _told(started: Started, services: Services, terms: Terms, deadline: datetime) -> tuple[Email, Context]:
+    delivery = started.delivery
+    email = Email(delivery.fields, terms.fetch_raw)
+    log = logging.LoggerAdapter(logging.getLogger("handler"), {"correlation_id": delivery.correlation_id})
+    context = Context(
+        delivery.email_id, started.attempts + 1, delivery.replays, deadline, log, email, services, terms.result_max
+    )
+    return email, context
+
+
+def done(started: Started, result: object, terms: Terms) -> Done:
+    """A handler returned `result`. Raises Permanent where that cannot be kept: repeating the handler would not change it."""
+    if result is not None and not isinstance(result, dict):
+        raise Permanent(f"the handler returned {type(result).__name__}; it returns a dict or None")
+    text = encoded(result or {}, terms.result_max, "the handler's result")
+    return Done(started.delivery, "done", text, started.handler.spec)
+
+
+def settled(started: Started, error: BaseException, terms: Terms) -> Outcome:
+    """What becomes of a mail for which the handler raised `error`."""
+    if isinstance(error, SkipEmail):
+        reason = _words(error)[:500].encode(errors="replace").decode()
+        return Done(started.delivery, "skipped", json.dumps({"reason": reason}, ensure_ascii=False), started.handler.spec)
+    decision = decide(error, started.attempts, started.handler.policy, terms.chance())
+    frames = "".join(traceback.format_exception(error, limit=-TRACEBACK_FRAMES))
+    return Failure(
+        started.delivery,
+        decision.verb,
+        decision.delay,
+        decision.reason,
+        type(error).__name__,
+        _words(error),
+        frames,
+        started.handler.spec,
+    )
 
 
 def _words(error: BaseException) -> str:
@@ -108,19 +291,3 @@ def _words(error: BaseException) -> str:
         return str(error)
     except Exception as broken:  # noqa: BLE001  # still the handler's code: its error's own __str__
         return f"(str() of the error raised {type(broken).__name__})"
-
-
-def encoded(result: object, most: int) -> str:
-    """A handler's result as JSON of at most `most` bytes. Raises Permanent: repeating the handler would not change it."""
-    if result is None:
-        return "{}"
-    if not isinstance(result, dict):
-        raise Permanent(f"the handler returned {type(result).__name__}; it returns a dict or None")
-    try:
-        text = json.dumps(result, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        size = len(text.encode())
-    except (TypeError, ValueError) as error:
-        raise Permanent(f"the handler's result is not JSON: {error}") from error
-    if size > most:
-        raise Permanent(f"the handler's result has {size} bytes of JSON; RESULT_MAX_BYTES is {most}")
-    return text
