@@ -55,8 +55,9 @@ class Route(BaseModel):
     timeout: Positive | None = None
 
     @property
-    def matches_all(self) -> bool:
-        return all(getattr(self, rule) is None for rule in RULES)
+    def rules(self) -> dict[str, Any]:
+        """The rules that it has, by their keys in the file."""
+        return {rule: getattr(self, rule) for rule in RULES if getattr(self, rule) is not None}
 
 
 RULES = ("mailbox", "label", "sender_domain", "keyword", "is_auto")
@@ -79,8 +80,10 @@ def load_routes(path: Path | None) -> tuple[Route, ...]:
         raise SettingsError(f"{path}: there is no [[route]] in it")
     routes = tuple(_route(path, number, table) for number, table in enumerate(tables, 1))
     for number, route in enumerate(routes[:-1], 1):
-        if route.matches_all:
-            raise SettingsError(f"{path}: route {number}: it has no rule and matches every mail, so the routes after it never run")
+        if not route.rules:
+            raise SettingsError(
+                f"{path}: route {number}: it has no rule and matches every mail, so the routes after it never run"
+            )
     return routes
 
 

@@ -273,7 +273,10 @@ class WorkSettings(Section):
     )
     recovery_tick: Positive = Field(1, alias="RECOVERY_TICK", description="Seconds between two looks for abandoned and due mail.")
     poison_starts: int = Field(
-        3, alias="POISON_STARTS", ge=1, description="Solo starts that never finish before a mail is buried."
+        3,
+        alias="POISON_STARTS",
+        ge=1,
+        description="How often a mail, started alone, may end its own process before it is buried.",
     )
     max_attempts: int = Field(8, alias="MAX_ATTEMPTS", ge=1, description="Failed attempts before a mail is buried.")
     backoff_base: Positive = Field(

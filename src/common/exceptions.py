@@ -42,6 +42,10 @@ class BreakerOpen(Transient):
         self.name = name
         self.seconds = seconds
 
+    def __reduce__(self) -> tuple[type[BreakerOpen], tuple[str, float]]:
+        """It crosses the pipe between a worker and the process of a handler."""
+        return BreakerOpen, (self.name, self.seconds)
+
 
 class SkipEmail(IngestionError):
     """A handler raises it with the reason: there is nothing to do for this mail, it is done."""

@@ -18,7 +18,7 @@ from src.common.exceptions import ScriptRefused, Transient
 from src.worker import dlq, idempotency, recovery
 from src.worker.delivery import Delivery, Seat
 from src.worker.dlq import Failed, Failure
-from src.worker.idempotency import Begun, Done
+from src.worker.idempotency import DEATH, Begun, Done
 from src.worker.processor import Handlers, Outcome, Started, Terms, handle
 from src.worker.steps import LocalServices
 
@@ -52,7 +52,7 @@ class Consumer:
         self._in_flight: dict[str, Delivery] = {}
         self._unbegun: list[Delivery] = []
         self._suspects: deque[Delivery] = deque()
-        self._alone = ""  # stream id of the suspect that was begun last
+        self._alone = ""  # stream id of the suspect that runs, "" if none does
         self._deaths: deque[str] = deque(maxlen=LAST)  # the error group of each dead mail, "" for a done one
         self._dead_at_stop = 0
         self._next_look = 0.0
@@ -70,7 +70,7 @@ class Consumer:
     def at_work(self) -> int:
         """How many mails take a handler's place now: not those that wait to run alone or to be begun, nor the one that runs alone."""
         with self.settled:
-            return self._running() - (self._alone in self._in_flight)
+            return self._running() - bool(self._alone)
 
     def resting(self) -> bool:
         """No handler has a mail. The caller holds `settled`."""
@@ -84,8 +84,8 @@ class Consumer:
     def take(self, room: int) -> list[Started]:
         """One turn: up to `room` mails to start now, and a suspect; waits up to the block time for new ones.
 
-        A suspect is a mail whose last start never finished. Suspects run one at a time, each in a process of its own: when the worker
-        itself dies, only one of them was started in vain.
+        A suspect is a mail whose last start never finished. Suspects run beside all other work, one at a time, in a process of their own:
+        when the worker itself dies, only one of them was started in vain.
         """
         try:
             return self._take(room) + self._begin_suspect()
@@ -177,7 +177,12 @@ class Consumer:
     def _drop(self, mails: Sequence[Delivery]) -> None:
         with self.settled:
             for mail in mails:
-                self._in_flight.pop(mail.stream_id, None)
+                held = self._in_flight.get(mail.stream_id)
+                if held is None or held.count != mail.count:
+                    continue  # a late answer about a mail that went to others and came back: what is here now goes on
+                del self._in_flight[mail.stream_id]
+                if mail.stream_id == self._alone:
+                    self._alone = ""
             self.settled.notify_all()
 
     def _begin(self) -> list[Started]:
@@ -208,7 +213,7 @@ class Consumer:
 
     def _begin_suspect(self) -> list[Started]:
         with self.settled:
-            if not self._suspects or self._alone in self._in_flight:
+            if not self._suspects or self._alone:
                 return []
         if not self.alone_ready():
             return []
@@ -216,7 +221,8 @@ class Consumer:
         [answer] = each_answered(lambda mails: self._begun(mails, solo=True), [mail])
         self._suspects.popleft()
         if isinstance(answer, Begun) and answer.verdict == "GO":
-            self._alone = mail.stream_id
+            with self.settled:
+                self._alone = mail.stream_id
             self.counts["started"] += 1
             log.info("%s did not finish its last start: it runs alone now", mail.email_id)
             return [Started(mail, answer.attempts, self.handlers.of(mail.fields), alone=True)]
@@ -224,7 +230,8 @@ class Consumer:
         return []
 
     def _begun(self, mails: Sequence[Delivery], *, solo: bool) -> list[Begun]:
-        return idempotency.begin(self.seat, mails, solo=solo, poison_starts=self.work.poison_starts, now=self.clock.wall())
+        poison = DEATH * self.work.poison_starts
+        return idempotency.begin(self.seat, mails, solo=solo, poison=poison, now=self.clock.wall())
 
     def _not_started(self, mail: Delivery, answer: Begun | ScriptRefused) -> None:
         if isinstance(answer, ScriptRefused):
@@ -233,7 +240,7 @@ class Consumer:
             )
             self.counts["refused"] += 1
         elif answer.verdict == "POISON":
-            log.error("%s was started alone %d times and never finished: buried", mail.email_id, self.work.poison_starts)
+            log.error("%s ended the process that it was alone in, again and again: buried", mail.email_id)
             self.counts["dead"] += 1
         elif answer.verdict == "DUP":
             log.debug("duplicate of %s dropped", mail.email_id)

@@ -67,7 +67,10 @@ class Worker:
         place = settings.run.raw_archive
         self.archive = open_archive(place.get_secret_value() if place else None, settings.run.data_dir)
         terms = Terms(random.random, settings.stream.result_max_bytes, self.archive.get if self.archive else None)
-        self.breakers = Breakers(Rules(), clock.monotonic, random.random)
+        rules = settings.breakers
+        self.breakers = Breakers(
+            Rules(rules.failures, rules.rate, rules.window, rules.open_seconds, rules.open_cap), clock.monotonic, random.random
+        )
 
         def again(call: Callable[[], Any]) -> Any:
             return retry_on_redis_error(shutdown)(call)()

@@ -11,6 +11,8 @@ from src.common.archive import raw_ref_in
 from src.common.clock import iso
 from src.worker.delivery import Delivery, Seat, numbered, place_of
 
+DEATH = 4  # suspicion: a solo start, and the death of its process
+
 Verdict = Literal["GO", "SUSPECT", "DUP", "LOST", "POISON"]
 Settled = Literal["OK", "ALREADY", "LOST"]
 
@@ -34,16 +36,17 @@ class Done:
     steps: bool = False
 
 
-def begin(seat: Seat, mails: Sequence[Delivery], *, solo: bool, poison_starts: int, now: datetime) -> list[Begun]:
+def begin(seat: Seat, mails: Sequence[Delivery], *, solo: bool, poison: int, now: datetime) -> list[Begun]:
     """Mark each mail as started, in one round trip; one answer a mail.
 
-    GO: run the handler. SUSPECT: its last start never finished; begin it again with `solo` when it is alone in this process. DUP: done
-    before, acknowledged now. LOST: no longer ours. POISON: `poison_starts` solo starts never finished, buried now.
+    GO: run the handler. SUSPECT: its last start never finished; begin it again with `solo` when it can run in a process of its own. DUP:
+    done before, acknowledged now. LOST: no longer ours. POISON: buried now, its suspicion has reached `poison` (DEATH for each time
+    that its own process died, 1 for each time that the worker died around it).
     """
     places = [place_of(seat.keys, mail.fields) for mail in mails]
     sets, number = numbered(place.processed for place in places)
     keys = seat.keys
-    args: list[str | int] = [seat.group, seat.consumer, poison_starts, int(solo), iso(now)]
+    args: list[str | int] = [seat.group, seat.consumer, poison, int(solo), iso(now)]
     for mail, place in zip(mails, places, strict=True):
         args += [mail.stream_id, mail.count, place.email_id, place.member, number[place.processed], place.open_field]
     reply = seat.redis.run("begin", [keys.stream, keys.index, keys.starts, keys.tries, keys.dlq, keys.open, *sets], args)

@@ -151,10 +151,10 @@ def load_handler(spec: str | None, title: str) -> tuple[Callable[..., Any], Lite
     try:
         signature = inspect.signature(function)
         signature.bind(None, None)
-    except TypeError:
+    except (TypeError, ValueError):
         raise ConfigurationError(f"{title}: {name} must take (email, context), or (emails, contexts) for batches") from None
     batch = next(iter(signature.parameters)) == "emails"
-    asynchronous = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+    asynchronous = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
     if batch and asynchronous:
         raise ConfigurationError(f"{title}: {name} takes batches, so it must be a plain function, not async")
     prepare = getattr(module, "prepare", None)
@@ -231,7 +231,7 @@ def handle_batch(batch: Sequence[Started], services: Sequence[Services], terms: 
     told = [_told(started, service, terms, deadline) for started, service in zip(batch, services, strict=True)]
     try:
         verdicts = batch[0].handler.call([email for email, _ in told], [context for _, context in told])
-        if not isinstance(verdicts, Sequence) or len(verdicts) != len(batch):
+        if not isinstance(verdicts, (list, tuple)) or len(verdicts) != len(batch):
             raise Permanent(f"a batch handler returns one verdict a mail: a list of {len(batch)}, not {_described(verdicts)}")
     except BaseException as error:  # noqa: BLE001  # as above
         return [settled(started, error, terms) for started in batch]
@@ -239,7 +239,7 @@ def handle_batch(batch: Sequence[Started], services: Sequence[Services], terms: 
 
 
 def _described(value: object) -> str:
-    return f"{type(value).__name__} of {len(value)}" if isinstance(value, Sequence) else type(value).__name__
+    return f"one of {len(value)}" if isinstance(value, (list, tuple)) else type(value).__name__
 
 
 def _judged(started: Started, verdict: object, terms: Terms) -> Outcome:
@@ -253,9 +253,7 @@ def _told(started: Started, services: Services, terms: Terms, deadline: datetime
     delivery = started.delivery
     email = Email(delivery.fields, terms.fetch_raw)
     log = logging.LoggerAdapter(logging.getLogger("handler"), {"correlation_id": delivery.correlation_id})
-    context = Context(
-        delivery.email_id, started.attempts + 1, delivery.replays, deadline, log, email, services, terms.result_max
-    )
+    context = Context(delivery.email_id, started.attempts + 1, delivery.replays, deadline, log, email, services, terms.result_max)
     return email, context
 
 

@@ -23,7 +23,7 @@ from src.worker.backoff import decide
 from src.worker.child import Child, Ended, Job
 from src.worker.consume import Consumer
 from src.worker.dlq import Failure
-from src.worker.processor import Handler, Outcome, Started, handle_async, handle_batch, settled
+from src.worker.processor import Handler, Outcome, Started, handle_async, handle_batch
 
 log = logging.getLogger(__name__)
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any
 
 from src.common.circuit_breaker import Breakers, Permit
 from src.common.exceptions import LeaseLost, Permanent
 from src.worker.context import MOST_STEPS
 from src.worker.delivery import Delivery, Seat
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -40,7 +38,8 @@ class LocalServices:
         """Raises LeaseLost, and Permanent where a mail has too many steps."""
         seat, mail = self.seat, self.delivery
         keys = [seat.keys.stream, seat.keys.steps(mail.email_id)]
-        args = [seat.group, seat.consumer, mail.stream_id, mail.count, MOST_STEPS, round(self.keep_seconds), step, result]
+        args: list[str | int] = [seat.group, seat.consumer, mail.stream_id, mail.count]
+        args += [MOST_STEPS, round(self.keep_seconds), step, result]
         self.kept = True  # before the call: its reply may be lost
         verdict = self.again(lambda: seat.redis.run("step", keys, args))
         if verdict == "LOST":
@@ -54,10 +53,31 @@ class LocalServices:
         return number
 
     def leave(self, permit: int, failed: bool | None) -> None:
-        held = self._permits.pop(permit)
-        if failed is None:
-            held.unused()
-        elif failed:
-            held.failure()
-        else:
-            held.success()
+        _report(self._permits.pop(permit), failed)
+
+
+@dataclass
+class MemoryServices:
+    """Services without a worker, for `worker.py --try` and for tests of handlers: steps are kept in `steps`, breakers in `breakers`."""
+
+    breakers: Breakers
+    steps: dict[str, str] = field(default_factory=dict)
+    _permits: dict[int, Permit] = field(default_factory=dict)
+
+    def recall(self, step: str) -> str | None:
+        return self.steps.get(step)
+
+    def record(self, step: str, result: str) -> None:
+        self.steps.setdefault(step, result)
+
+    def enter(self, breaker: str) -> int:
+        number = len(self._permits)
+        self._permits[number] = self.breakers.get(breaker).enter()
+        return number
+
+    def leave(self, permit: int, failed: bool | None) -> None:
+        _report(self._permits[permit], failed)
+
+
+def _report(permit: Permit, failed: bool | None) -> None:
+    {None: permit.unused, True: permit.failure, False: permit.success}[failed]()

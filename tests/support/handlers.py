@@ -24,7 +24,7 @@ from typing import Any
 
 from src.common.exceptions import Permanent
 from src.mail.record import Email
-from src.worker.processor import Context
+from src.worker.context import Context
 from tests.support.wait import until
 
 PATIENCE = 120.0  # seconds

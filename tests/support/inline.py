@@ -29,9 +29,10 @@ from src.producer.mailbox import Mailbox
 from src.producer.reader import Session
 from src.producer.state_manager import MarkerFile, StateManager
 from src.worker import recovery
-from src.worker.consume import Consumer, Started
+from src.worker.context import Context
 from src.worker.delivery import Seat
-from src.worker.processor import Context
+from src.worker.processor import Started
+from tests.support.consumer import consumer_of
 from tests.support.faulty import FaultySession, FaultyTransport, Process
 
 MAILBOX = "INBOX"
@@ -165,7 +166,7 @@ class InlineWorker:
             f"worker-{secrets.token_hex(3)}",
         )
         settings = world.settings
-        self.consumer = Consumer(self.seat, settings.stream, settings.work, obey, a_second_a_look(), lambda: 0.0)
+        self.consumer = consumer_of(self.seat, settings, obey, a_second_a_look(), again=lambda call: self._again(call)())
 
     def run(self, until: Callable[[], bool]) -> None:
         """Work until `until` says so, then hand back and leave."""

@@ -11,13 +11,16 @@ import redis
 
 from config.settings import load_settings
 from src.common.clock import Clock
-from src.common.exceptions import GroupMissing, Permanent, RedisUnavailable
+from src.common.exceptions import BreakerOpen, GroupMissing, Permanent, RedisUnavailable
 from src.common.redis_client import Arg, Fields, RedisClient, Transport
 from src.mail.record import Email
 from src.worker import recovery
-from src.worker.consume import Consumer, Started
+from src.worker.consume import Consumer
+from src.worker.context import Context
 from src.worker.delivery import Delivery, Seat
-from src.worker.processor import Context
+from src.worker.dlq import Failure
+from src.worker.processor import Started, settled
+from tests.support.consumer import consumer_of
 from tests.support.fake import DAY, DONE, GROUP, Store, fields_of
 
 M1, M2, M3 = "gm:a:1", "gm:a:2", "gm:a:3"
@@ -48,12 +51,12 @@ def handler(email: Email, context: Context) -> dict[str, Any] | None:
     return {"uid": email.uid}
 
 
-def consumer_of(store: Store, name: str = "w1", *, redis: RedisClient | None = None, **settings: object) -> Consumer:
+def joined(store: Store, name: str = "w1", *, redis: RedisClient | None = None, **settings: object) -> Consumer:
     given = {"RECOVERY_TICK": 0.01, "WORKER_BLOCK_MS": 1, "LEASE_SECONDS": 60, **settings}
     loaded = load_settings(given, env_file=None)
     seat = Seat(redis or store.redis, store.keys, GROUP, name)
     recovery.join(store.seat(name))
-    return Consumer(seat, loaded.stream, loaded.work, handler, Time().clock, lambda: 0.0)
+    return consumer_of(seat, loaded, handler, Time().clock)
 
 
 def publish(store: Store, *numbers: int, subject: str = "done") -> None:
@@ -117,7 +120,7 @@ class Direct:
 
 def test_a_mail_is_taken_handled_and_done(store: Store) -> None:
     """Nothing is left but the processed id and the result."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     publish(store, 1, 2)
     started = consumer.take(8)
     assert (ids(started), consumer.in_flight()) == ([M1, M2], 2)
@@ -129,7 +132,7 @@ def test_a_mail_is_taken_handled_and_done(store: Store) -> None:
 
 def test_a_failed_mail_comes_back_until_it_is_dead(store: Store) -> None:
     """Its attempts are told to the handler; the dead letter says how many there were."""
-    consumer = consumer_of(store, MAX_ATTEMPTS=3, BACKOFF_BASE=0.001)
+    consumer = joined(store, MAX_ATTEMPTS=3, BACKOFF_BASE=0.001)
     publish(store, 1, subject="retry")
     attempts = []
     for _ in range(3):
@@ -144,7 +147,7 @@ def test_a_failed_mail_comes_back_until_it_is_dead(store: Store) -> None:
 
 def test_a_batch_is_settled_by_each_mails_own_outcome(store: Store) -> None:
     """Done, retried and dead in one call."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     publish(store, 1)
     publish(store, 2, subject="retry")
     publish(store, 3, subject="bury")
@@ -160,21 +163,21 @@ def test_a_batch_is_settled_by_each_mails_own_outcome(store: Store) -> None:
 
 def test_no_more_is_taken_than_there_is_room_for(store: Store) -> None:
     """The rest is left to others."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     publish(store, 1, 2, 3)
     assert ids(consumer.take(2)) == [M1, M2]
-    assert ids(consumer_of(store, "w2").take(8)) == [M3]
+    assert ids(joined(store, "w2").take(8)) == [M3]
 
 
 def test_no_more_is_read_than_the_batch_size(store: Store) -> None:
-    consumer = consumer_of(store, WORKER_BATCH_SIZE=2)
+    consumer = joined(store, WORKER_BATCH_SIZE=2)
     publish(store, 1, 2, 3)
     assert [ids(consumer.take(8)) for _ in range(2)] == [[M1, M2], [M3]]
 
 
 def test_a_duplicate_is_dropped_and_not_started(store: Store) -> None:
     """A second copy of a mail that is in flight, and a mail that was done."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     publish(store, 1)
     store.add("2-0", fields_of(M1))
     store.add("3-0", fields_of(M3))
@@ -186,12 +189,12 @@ def test_a_duplicate_is_dropped_and_not_started(store: Store) -> None:
 
 def test_abandoned_mail_is_taken_over_and_a_late_answer_changes_nothing(store: Store) -> None:
     """The zombie's completion is lost, the new owner's counts."""
-    zombie, consumer = consumer_of(store, "w1"), consumer_of(store, "w2")
+    zombie, consumer = joined(store, "w1"), joined(store, "w2")
     publish(store, 1)
     late = zombie.take(8)
     store.age("1-0", "w1", HOUR)
-    assert consumer.take(8) == [], "its last start never finished"
     [suspect] = consumer.take(8)
+    assert suspect.alone, "its last start never finished"
     settle(zombie, late)
     assert store.content()["pending"] == {"1-0": ("w2", 2)}
     assert (zombie.counts["lost"], zombie.counts["done"], zombie.in_flight()) == (1, 0, 0)
@@ -199,9 +202,24 @@ def test_abandoned_mail_is_taken_over_and_a_late_answer_changes_nothing(store: S
     assert store.content() == {"processed": {DONE: {"1"}}, "results": [(M1, "done", '{"uid":1}')]}
 
 
+def test_a_late_answer_does_not_let_go_of_the_mail_that_came_back(store: Store) -> None:
+    """A frozen worker's mail went to another and came back while its first handler still ran: the second delivery is renewed."""
+    consumer, other = joined(store, "w1"), joined(store, "w2")
+    publish(store, 1)
+    [late] = consumer.take(8)
+    store.age("1-0", "w1", HOUR)
+    [taken_over] = other.take(8)
+    other.settle([Failure(taken_over.delivery, "retry", 0.0, "", "ValueError", "x")])
+    [again] = taken(consumer)
+    settle(consumer, [late])
+    assert (consumer.counts["lost"], consumer.in_flight()) == (1, 1)
+    settle(consumer, [again])
+    assert (consumer.counts["done"], consumer.in_flight()) == (1, 0)
+
+
 def test_what_is_in_flight_here_is_not_recovered_from_oneself(store: Store) -> None:
     """A handler that outlasts its lease by a hair keeps its mail."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     publish(store, 1)
     consumer.take(8)
     store.age("1-0", "w1", HOUR)
@@ -211,7 +229,7 @@ def test_what_is_in_flight_here_is_not_recovered_from_oneself(store: Store) -> N
 
 def test_after_an_outage_nothing_is_recovered_before_its_owner_could_renew_it(store: Store, flaky: Flaky) -> None:
     """Every lease looks run out then; new mail is read meanwhile."""
-    owner, consumer = consumer_of(store, "w1"), consumer_of(store, "w2", redis=RedisClient(flaky))
+    owner, consumer = joined(store, "w1"), joined(store, "w2", redis=RedisClient(flaky))
     publish(store, 1)
     owner.take(8)
     store.age("1-0", "w1", HOUR)
@@ -227,18 +245,17 @@ def test_after_an_outage_nothing_is_recovered_before_its_owner_could_renew_it(st
 
 
 def test_what_waits_to_run_alone_takes_no_handlers_place(store: Store) -> None:
-    """at_work is what handlers have; in_flight is what is renewed."""
+    """Nor does the one that runs alone: at_work is what fills threads; in_flight is what is renewed."""
     crashed(store, 1, 2)
-    consumer = consumer_of(store)
-    consumer.take(8)
-    assert (consumer.in_flight(), consumer.at_work()) == (2, 0)
-    consumer.take(8)
-    assert (consumer.in_flight(), consumer.at_work()) == (2, 1)
+    publish(store, 3)
+    consumer = joined(store)
+    assert ids(consumer.take(8)) == [M3, M1]
+    assert (consumer.in_flight(), consumer.at_work()) == (3, 1)
 
 
 def test_a_lost_lease_is_said_and_the_mail_left_to_its_new_owner(store: Store) -> None:
     """Renewing and failing what another worker took changes nothing of it."""
-    zombie = consumer_of(store, "w1")
+    zombie = joined(store, "w1")
     publish(store, 1, subject="retry")
     late = zombie.take(8)
     store.age("1-0", "w1", HOUR)
@@ -253,7 +270,7 @@ def test_a_lost_lease_is_said_and_the_mail_left_to_its_new_owner(store: Store) -
 
 def test_a_mail_deleted_by_hand_while_it_was_handled_is_gone(store: Store) -> None:
     """Its failure is recorded nowhere: there is nothing to retry."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     publish(store, 1, subject="retry")
     started = consumer.take(8)
     store.redis.call("XDEL", store.keys.stream, "1-0")
@@ -262,7 +279,7 @@ def test_a_mail_deleted_by_hand_while_it_was_handled_is_gone(store: Store) -> No
 
 
 def test_renewal_covers_all_that_is_in_flight(store: Store) -> None:
-    consumer = consumer_of(store)
+    consumer = joined(store)
     publish(store, 1, 2)
     consumer.take(8)
     for entry in ("1-0", "2-0"):
@@ -273,13 +290,13 @@ def test_renewal_covers_all_that_is_in_flight(store: Store) -> None:
 
 def test_what_is_handed_back_is_free_at_once(store: Store) -> None:
     """In flight or read and not begun: another worker starts it as if it had never been started."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     publish(store, 1, 2)
     consumer.take(8)
     assert consumer.hand_back() == 2
     assert consumer.in_flight() == 0
     assert "starts" not in store.content()
-    assert ids(consumer_of(store, "w2").take(8)) == [M1, M2]
+    assert ids(joined(store, "w2").take(8)) == [M1, M2]
 
 
 # suspects
@@ -287,66 +304,81 @@ def test_what_is_handed_back_is_free_at_once(store: Store) -> None:
 
 def crashed(store: Store, *numbers: int) -> None:
     """Mails that a worker w0 had begun when it died, an hour ago."""
-    dead = consumer_of(store, "w0")
+    dead = joined(store, "w0")
     publish(store, *numbers)
     assert len(dead.take(100)) == len(numbers)
     for number in numbers:
         store.age(f"{number}-0", "w0", HOUR)
 
 
-def test_suspects_run_one_by_one_with_nothing_beside_them(store: Store) -> None:
-    """Neither another suspect nor new mail starts while one runs: else an innocent beside it would be counted with it."""
+def test_suspects_run_one_at_a_time_beside_new_mail(store: Store) -> None:
+    """When the worker dies, one suspect was started in vain, not all of them; new mail does not wait for them."""
     crashed(store, 1, 2)
     publish(store, 3)
-    consumer = consumer_of(store)
-    order = []
-    for _ in range(20):
-        started = consumer.take(8)
-        order += ids(started)
-        if started:
-            assert consumer.take(8) == [], "something starts beside a suspect"
-            settle(consumer, started)
-        if len(order) == 3:
-            break
-    assert sorted(order) == [M1, M2, M3]
-    assert len(store.content()["results"]) == 3
+    consumer = joined(store)
+    first = consumer.take(8)
+    assert [(mail.delivery.email_id, mail.alone) for mail in first] == [(M3, False), (M1, True)]
+    assert consumer.take(8) == [], "a second suspect starts beside the first"
+    settle(consumer, first[1:])
+    assert [(mail.delivery.email_id, mail.alone) for mail in consumer.take(8)] == [(M2, True)]
 
 
-def test_the_last_suspect_too_runs_with_nothing_beside_it(store: Store) -> None:
-    """New mail that kills the process beside it would be held against it."""
+def test_a_suspect_begins_when_its_process_stands_ready(store: Store) -> None:
+    """Not before: a worker that is killed while that process starts has started nothing in vain."""
     crashed(store, 1)
-    consumer = consumer_of(store)
-    assert consumer.take(8) == []
-    suspect = consumer.take(8)
-    assert ids(suspect) == [M1]
-    publish(store, 2)
-    assert consumer.take(8) == []
-    settle(consumer, suspect)
-    assert ids(consumer.take(8)) == [M2]
+    consumer = joined(store)
+    ready = False
+    consumer.alone_ready = lambda: ready
+    assert consumer.take(8) == consumer.take(8) == []
+    assert store.content()["starts"] == {M1: "0|1-0:1"}
+    ready = True
+    assert ids(consumer.take(8)) == [M1]
+    assert store.content()["starts"] == {M1: "1|1-0:2"}
 
 
-def test_a_suspect_waits_until_what_runs_here_is_finished(store: Store) -> None:
-    """It is found while other mail is in flight."""
-    consumer = consumer_of(store)
-    publish(store, 9)
-    busy = consumer.take(8)
-    crashed(store, 10)
-    assert consumer.take(8) == []
-    assert consumer.take(8) == []
-    settle(consumer, busy)
-    assert ids(consumer.take(8)) == ["gm:a:10"]
+def test_a_suspect_starts_where_no_thread_is_free(store: Store) -> None:
+    """It takes no handler's place: handlers that hang do not hold it."""
+    crashed(store, 1)
+    consumer = joined(store)
+    consumer.alone_ready = lambda: False
+    consumer.take(8)
+    consumer.alone_ready = lambda: True
+    assert ids(consumer.take(0)) == [M1]
 
 
-def test_a_mail_that_kills_its_process_dies_alone(store: Store) -> None:
-    """32 mails in flight, one of them kills every process that starts it: 31 done, one dead, after four crashes."""
+def test_a_mail_that_ends_its_own_process_is_buried_after_three_deaths(store: Store) -> None:
+    """Each is an attempt with its backoff; the mail stays a suspect between them."""
+    crashed(store, 1)
+    consumer = joined(store)
+    for death in range(1, 4):
+        [suspect] = taken(consumer)
+        assert (suspect.alone, suspect.attempts) == (True, death - 1)
+        consumer.settle([Failure(suspect.delivery, "crash", 0.0, "", "ProcessDied", "signal 11")])
+        assert store.content()["starts"][M1].startswith(f"{4 * death}|")
+    for _ in range(5):
+        assert consumer.take(8) == []
+    assert store.content()["dlq"] == [(M1, "poison", "3")]
+
+
+def taken(consumer: Consumer) -> list[Started]:
+    """What the next turns of it start."""
+    for _ in range(10):
+        if started := consumer.take(8):
+            return started
+    raise AssertionError("nothing starts")
+
+
+def test_a_mail_in_flight_when_other_things_kill_the_worker_is_no_poison(store: Store) -> None:
+    """Ten workers die while it runs alone beside them: it is done at last. A mail that kills each of them dies after twelve."""
     publish(store, *range(1, 33))
     crashes = 0
     while left_alone := store.content().get("stream"):
-        assert crashes < 20, left_alone
-        consumer = consumer_of(store, f"w{crashes}")
+        assert crashes < 40, left_alone
+        consumer = joined(store, f"w{crashes}")
         while store.content().get("stream"):
             started = consumer.take(32)
-            if "gm:a:7" in ids(started):
+            innocent = [mail for mail in started if mail.delivery.email_id != "gm:a:7" and not (mail.alone and crashes < 10)]
+            if len(innocent) < len(started):
                 crashes += 1
                 break
             settle(consumer, started)
@@ -356,7 +388,60 @@ def test_a_mail_that_kills_its_process_dies_alone(store: Store) -> None:
     assert content["dlq"] == [("gm:a:7", "poison", "0")]
     assert sorted(result[0] for result in content["results"]) == sorted(f"gm:a:{n}" for n in range(1, 33) if n != 7)
     assert set(content) == {"dlq", "results", "processed", "index", "open"}
-    assert crashes == 4, "one beside the others, three alone"
+
+
+# when reading stops
+
+
+def test_half_of_the_last_hundred_dead_of_one_error_stop_the_reading(store: Store) -> None:
+    """The worker says so and leaves the rest in the stream, until someone takes letters away."""
+    consumer = joined(store)
+    publish(store, *range(1, 41))
+    settle(consumer, consumer.take(100))
+    publish(store, *range(41, 91), subject="bury")
+    publish(store, 91)
+    settle(consumer, consumer.take(50))
+    for _ in range(5):
+        assert consumer.take(8) == []
+    assert consumer.blocked == "half of the last 100 mails died of one error (Permanent in test_consume.py:handler)"
+    assert store.content()["stream"] == {"91-0": "gm:a:91"}
+    [(letter, _)] = store.redis.entries(store.keys.dlq, count=1)
+    store.redis.call("XDEL", store.keys.dlq, letter)
+    assert ids(taken(consumer)) == ["gm:a:91"]
+
+
+def test_dead_of_many_errors_do_not(store: Store) -> None:
+    """49 of one group and as many of another: each mail has its own trouble."""
+    consumer = joined(store)
+    publish(store, *range(1, 99))
+    started = consumer.take(98)
+    consumer.settle(
+        [
+            Failure(mail.delivery, "bury", 0.0, "permanent", "ValueError" if number % 2 else "KeyError", "x")
+            for number, mail in enumerate(started)
+        ]
+    )
+    publish(store, 99)
+    assert ids(taken(consumer)) == ["gm:a:99"]
+
+
+def test_reading_stops_while_every_breaker_is_open(store: Store) -> None:
+    """Postponing mail after mail would only turn it round; a mail that met an open breaker has no attempt less."""
+    consumer = joined(store, BREAKER_OPEN_SECONDS=1000)
+    crm = consumer.breakers.get("crm")
+    for _ in range(5):
+        crm.enter().failure()
+    publish(store, 1)
+    for _ in range(5):
+        assert consumer.take(8) == []
+    assert consumer.blocked == "every breaker is open"
+    consumer.breakers.get("books")
+    [started] = taken(consumer)
+    consumer.settle([settled(started, BreakerOpen("crm", 30.0), consumer.terms)])
+    content = store.content()
+    assert content["tries"] == {M1: "0|1|"}
+    assert content["due"] == {f"1-0|{M1}"}
+    assert consumer.counts["postponed"] == 1
 
 
 # what is no mail of ours, and what we must not touch
@@ -377,7 +462,7 @@ def test_a_mail_that_kills_its_process_dies_alone(store: Store) -> None:
 )
 def test_a_foreign_entry_is_buried_with_the_reason_and_holds_nobody(store: Store, fields: Fields, reason: str) -> None:
     """The mail behind it starts in the same turn."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     store.add("1-0", fields)
     publish(store, 2)
     assert ids(consumer.take(8)) == [M2]
@@ -389,14 +474,14 @@ def test_a_foreign_entry_is_buried_with_the_reason_and_holds_nobody(store: Store
 
 def test_unknown_fields_are_ignored(store: Store) -> None:
     """A later minor version of the producer."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     store.add("1-0", fields_of(M1, flavour="new"))
     assert ids(consumer.take(8)) == [M1]
 
 
 def test_a_newer_schema_is_left_alone_and_reading_stops(store: Store) -> None:
     """Never buried: it is claimable at once by a worker that knows it; what came with it is still handled."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     publish(store, 1)
     store.add("2-0", fields_of(M2, schema="2"))
     started = consumer.take(8)
@@ -415,7 +500,7 @@ def test_a_newer_schema_is_left_alone_and_reading_stops(store: Store) -> None:
 
 def test_at_dlq_max_reading_stops_and_goes_on_when_there_is_room(store: Store) -> None:
     """It says what to run; nothing is read, recovered or promoted meanwhile, so nothing more can die."""
-    consumer = consumer_of(store, DLQ_MAX=2)
+    consumer = joined(store, DLQ_MAX=2)
     publish(store, 1, 2, subject="bury")
     settle(consumer, consumer.take(8))
     publish(store, 3)
@@ -435,7 +520,7 @@ def test_at_dlq_max_reading_stops_and_goes_on_when_there_is_room(store: Store) -
 @pytest.mark.parametrize("victim", ["XREADGROUP", "the last step before a handler starts"], ids=["read", "begin"])
 def test_a_call_lost_on_the_way_in_loses_no_mail(store: Store, flaky: Flaky, victim: str, lost: str) -> None:
     """What was delivered is begun in the next turn, or recovered when its reply was lost; each mail starts once here."""
-    consumer = consumer_of(store, redis=RedisClient(flaky), LEASE_SECONDS=2)
+    consumer = joined(store, redis=RedisClient(flaky), LEASE_SECONDS=2)
     publish(store, 1, 2)
     flaky.victim, flaky.lost = victim, lost
     with pytest.raises(RedisUnavailable):
@@ -452,7 +537,7 @@ def test_a_call_lost_on_the_way_in_loses_no_mail(store: Store, flaky: Flaky, vic
 @pytest.mark.parametrize("victim", ["-- DONE:", "-- fail, postpone, bury"], ids=["complete", "fail"])
 def test_settling_is_safe_to_repeat(store: Store, flaky: Flaky, victim: str, lost: str) -> None:
     """One result, one attempt, nothing in flight."""
-    consumer = consumer_of(store, redis=RedisClient(flaky))
+    consumer = joined(store, redis=RedisClient(flaky))
     publish(store, 1)
     publish(store, 2, subject="retry")
     outcomes = [consumer.handle(mail) for mail in consumer.take(8)]
@@ -474,7 +559,7 @@ def test_settling_is_safe_to_repeat(store: Store, flaky: Flaky, victim: str, los
 
 def test_a_flushed_server_says_that_the_group_is_missing(store: Store) -> None:
     """The daemon joins again and goes on."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     store.redis.call("FLUSHALL")
     with pytest.raises(GroupMissing):
         consumer.take(8)
@@ -485,7 +570,7 @@ def test_a_flushed_server_says_that_the_group_is_missing(store: Store) -> None:
 
 def test_a_mail_that_redis_refuses_to_begin_does_not_hold_the_others(store: Store) -> None:
     """Mail by mail: the others start, it stays in the stream, not in flight, for another try after its lease."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     store.redis.call("SET", "stream:processed:a:20260130", "somebody's text where a processed set belongs")
     store.add("1-0", fields_of(M1, day="2026-01-30"))
     publish(store, 2)
@@ -497,7 +582,7 @@ def test_a_mail_that_redis_refuses_to_begin_does_not_hold_the_others(store: Stor
 
 def test_a_mail_that_redis_refuses_to_complete_does_not_hold_the_others(store: Store) -> None:
     """Its completion is refused; the one beside it is done; it is free to be tried again after its lease."""
-    consumer = consumer_of(store)
+    consumer = joined(store)
     store.add("1-0", fields_of(M1, day="2026-01-30"))
     publish(store, 2)
     started = consumer.take(8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from src.common.exceptions import Permanent
 from src.mail.record import Email, Envelope, Record, gmail_email_id, to_fields
 from src.sandbox.demo import Fates, environment, fates, judge
 from src.sandbox.demo_handler import handle
-from src.worker.processor import Context
+from src.testing import context
 
 LEDGER = ("gm:a:1", "gm:a:2", "gm:a:3")
 
@@ -64,8 +63,8 @@ def test_the_users_settings_do_not_reach_the_demo() -> None:
 def attempt(number: int, attempt: int) -> object:
     email_id = gmail_email_id("a", str(number))
     envelope = Envelope("a", "INBOX", 1, 1, "2026-01-31T00:00:00Z", 10, email_id, "c", "2026-01-31T00:00:00Z")
-    context = Context(email_id, attempt, 0, logging.getLogger("test"))
-    return handle(Email(to_fields(envelope, Record(body_text="one two"))), context)
+    mail = Email(to_fields(envelope, Record(body_text="one two")))
+    return handle(mail, context(mail, attempt=attempt))
 
 
 def test_the_handler_fails_as_the_demo_promises(monkeypatch: pytest.MonkeyPatch) -> None:

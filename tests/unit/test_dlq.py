@@ -345,7 +345,7 @@ def test_a_replayed_mail_is_handled_and_not_taken_for_a_duplicate(store: Store) 
         [(entry, fields)] = store.redis.read_new(store.keys.stream, GROUP, "w1", count=10, block_ms=1)
         mail = Delivery(entry, 1, fields)
         assert mail.replays == times
-        [answer] = begin(store.seat(), [mail], solo=False, poison_starts=3, now=NOW)
+        [answer] = begin(store.seat(), [mail], solo=False, poison=3, now=NOW)
         assert (answer.verdict, answer.attempts) == ("GO", 0)
         if times == 1:
             fail(store.seat(), [Failure(mail, "bury", reason="again")], now=NOW)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from src.common.exceptions import ConfigurationError
 from src.handlers import classify
 from src.handlers.classify import Rules, load_rules
 from src.mail.record import Email
-from src.worker.processor import Context
+from src.testing import context
 from tests.support.daemons import ROOT
 
-CONTEXT = Context("gm:a@example.org:1", 1, 0, logging.getLogger("handler"))
+CONTEXT = context(Email({"email_id": "gm:a@example.org:1"}))
 
 
 def email(subject: str = "", text: str = "", sender: str = "a@example.org", *attachments: str) -> Email:

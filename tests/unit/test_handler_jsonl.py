@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import re
 import signal
 import subprocess
@@ -20,11 +19,11 @@ from src.common.exceptions import ConfigurationError, DiskUnavailable
 from src.handlers import jsonl
 from src.handlers.jsonl import append
 from src.mail.record import Email
-from src.worker.processor import Context
+from src.testing import context
 from tests.support.daemons import ROOT
 from tests.support.wait import until
 
-CONTEXT = Context("gm:a@example.org:1", 1, 0, logging.getLogger("handler"))
+CONTEXT = context(Email({"email_id": "gm:a@example.org:1"}))
 LINE = b'{"email_id":"gm:a@example.org:1","n":1}\n'
 OTHER = b'{"email_id":"gm:a@example.org:2","n":2}\n'
 

@@ -25,7 +25,7 @@ ONE: Content = {
 
 
 def begun(store: Store, mails: Sequence[Delivery], *, solo: bool = False, consumer: str = "w1") -> list[Begun]:
-    return begin(store.seat(consumer), mails, solo=solo, poison_starts=3, now=NOW)
+    return begin(store.seat(consumer), mails, solo=solo, poison=3, now=NOW)
 
 
 def completed(store: Store, mails: Sequence[Delivery], *, consumer: str = "w1", result: str = "{}") -> list[str]:

@@ -76,7 +76,7 @@ def test_transitions_on_a_flushed_server_say_that_the_group_is_missing(store: St
         lambda: recovery.renew(seat, [mail]),
         lambda: recovery.recover(seat, lease=1, most=1, in_flight=[]),
         lambda: recovery.release(seat, [mail]),
-        lambda: begin(seat, [mail], solo=False, poison_starts=3, now=NOW),
+        lambda: begin(seat, [mail], solo=False, poison=3, now=NOW),
         lambda: fail(seat, [Failure(mail, "retry")], now=NOW),
     ):
         with pytest.raises(GroupMissing):
@@ -175,7 +175,7 @@ def test_released_mail_is_claimable_at_once_and_its_start_does_not_count(store: 
     assert store.content() == THREE | {"starts": {M3: "0|3-0:4"}}
     taken = recover(store, "w3")
     assert [(mail.stream_id, mail.count) for mail in taken] == [("1-0", 2), ("2-0", 2)]
-    answers = begin(store.seat("w3"), taken, solo=False, poison_starts=3, now=NOW)
+    answers = begin(store.seat("w3"), taken, solo=False, poison=3, now=NOW)
     assert [answer.verdict for answer in answers] == ["GO", "GO"]
 
 
@@ -185,8 +185,8 @@ def test_a_released_suspect_stays_a_suspect_with_one_solo_start_less(store: Stor
     assert recovery.release(store.seat("w1"), [store.held("1-0", 3), store.held("2-0", 2)]) == 2
     assert store.content()["starts"] == {M1: "1|", M2: "0|"}
     taken = recover(store, "w2")
-    assert [a.verdict for a in begin(store.seat("w2"), taken, solo=False, poison_starts=3, now=NOW)] == ["SUSPECT", "SUSPECT"]
-    assert [a.verdict for a in begin(store.seat("w2"), taken[:1], solo=True, poison_starts=3, now=NOW)] == ["GO"]
+    assert [a.verdict for a in begin(store.seat("w2"), taken, solo=False, poison=3, now=NOW)] == ["SUSPECT", "SUSPECT"]
+    assert [a.verdict for a in begin(store.seat("w2"), taken[:1], solo=True, poison=3, now=NOW)] == ["GO"]
     assert store.content()["starts"][M1] == "2|1-0:4"
 
 

@@ -277,7 +277,7 @@ def test_a_full_server_refuses_intake_and_lets_workers_finish() -> None:
             publish(first, 2)
         [(entry, fields)] = client.read_new("s", "g", "w", count=9, block_ms=1)
         mail = Delivery(entry, 1, fields)
-        assert begin(seat, [mail], solo=False, poison_starts=3, now=now)[0].verdict == "GO"
+        assert begin(seat, [mail], solo=False, poison=3, now=now)[0].verdict == "GO"
         done = [Done(mail, "done", "{}")]
         assert complete(seat, done, processed_days=1, results_max=9, results_days=1) == ["OK"]
         client.call("CONFIG", "SET", "maxmemory", "0")

@@ -1,11 +1,12 @@
 #!lua flags=allow-oom
 -- in flight: the last step before a handler starts.
 -- KEYS 1 stream 2 index 3 starts 4 tries 5 dlq 6 open 7.. processed sets
--- ARGV 1 group 2 consumer 3 solo starts that never finish before a mail is poison 4 solo: 1 if the mails run alone in their process
+-- ARGV 1 group 2 consumer 3 suspicion at which a mail is poison 4 solo: 1 if the mail runs alone in a process of its own
 --      5 time (ISO), then n x {stream id, delivery count, email_id, member, number of its set from 1, field in open}
 -- -> n x {GO | SUSPECT | DUP | LOST | POISON, failed attempts so far}
 -- A start is a mark in `starts`; complete, fail and release take it away. A mark of an earlier delivery means that the start never
--- finished: the mail is a suspect and begins only alone, and only such solo starts are counted.
+-- finished: the mail is a suspect and begins only alone. Its suspicion grows by 1 with each solo start that never finishes (the worker
+-- died meanwhile, perhaps of something else) and by 3 more when its own process died of it (`fail`, crash).
 --#include fence
 --#include bury
 local STEP, mails, ids = 6, {}, {}
@@ -66,7 +67,7 @@ for i, mail in ipairs(mails) do
     elseif solo >= tonumber(ARGV[3]) then
       verdict = 'POISON'
       local dead = bury(KEYS[1], KEYS[5], mail.sid, {'dead_reason', 'poison', 'dead_error_type', 'Poison',
-        'dead_error', 'started alone ' .. solo .. ' times and never finished', 'dead_attempts', attempts, 'dead_at', ARGV[5], 'dead_worker', ARGV[2]})
+        'dead_error', 'started alone, again and again, in a process of its own that did not live to its end', 'dead_attempts', attempts, 'dead_at', ARGV[5], 'dead_worker', ARGV[2]})
       if dead then redis.call('HSET', KEYS[2], mail.id, 'D:' .. dead) end
       redis.call('HDEL', KEYS[3], mail.id)
       redis.call('HDEL', KEYS[4], mail.id)

@@ -4,11 +4,12 @@
 -- ARGV 1 group 2 consumer 3 time (ISO),
 --      then n x {stream id, delivery count, email_id, field in open, verb, delay in ms, reason, error type, error, traceback, handler}
 --      verb: retry (counts an attempt) | crash (a retry of a mail whose process died: its start stays marked, so it is a suspect and
---            begins alone) | postpone (counts none) | bury (counts one) | foreign (bury what is no mail of ours: no index)
+--            begins alone, and its suspicion grows) | postpone (counts none) | bury (counts one) | foreign (bury what is no mail of ours: no index)
 -- -> n x {RETRY (also for crash) | POSTPONED | DEAD | GONE (deleted by hand) | ALREADY (this call repeated) | LOST, failed attempts}
 --#include fence
 --#include bury
 local STEP, mails, ids = 11, {}, {}
+local DEATH = 3                                   -- beside the start itself: see begin
 for i = 4, #ARGV, STEP do
   local mail = {sid = ARGV[i], count = ARGV[i + 1], id = ARGV[i + 2], open = ARGV[i + 3], verb = ARGV[i + 4], delay = tonumber(ARGV[i + 5]),
                 reason = ARGV[i + 6], error_type = ARGV[i + 7], error = ARGV[i + 8], traceback = ARGV[i + 9], handler = ARGV[i + 10]}
@@ -43,7 +44,12 @@ for i, mail in ipairs(mails) do
       answer[i] = {mail.verb == 'postpone' and 'POSTPONED' or 'RETRY', attempts}
       redis.call('HSET', KEYS[4], mail.id, attempts .. '|' .. mail.count .. '|' .. first)
       redis.call('ZADD', KEYS[5], string.format('%.0f', now + mail.delay), mail.sid .. '|' .. mail.id)
-      if mail.verb ~= 'crash' then redis.call('HDEL', KEYS[3], mail.id) end
+      if mail.verb == 'crash' then
+        local suspicion, tag = string.match(redis.call('HGET', KEYS[3], mail.id) or '0|', '^(%d+)|(.*)$')
+        redis.call('HSET', KEYS[3], mail.id, (tonumber(suspicion) + DEATH) .. '|' .. tag)
+      else
+        redis.call('HDEL', KEYS[3], mail.id)
+      end
     else
       answer[i] = {'DEAD', attempts}
       local notes = {'dead_reason', mail.reason, 'dead_error_type', mail.error_type, 'dead_error', mail.error, 'dead_traceback', mail.traceback,
