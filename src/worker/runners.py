@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from src.common.clock import Clock
@@ -34,6 +34,10 @@ Settle = Callable[[Outcome], None]
 
 class HandlerTimeout(IngestionError):
     """A handler took longer than its time-out."""
+
+
+class ProcessDied(IngestionError):
+    """The process that a handler ran in is gone."""
 
 
 @dataclass
@@ -183,32 +187,28 @@ class Runners:
     def _give_up(self, turn: Turn) -> None:
         handler = turn.mails[0].handler
         frame = sys._current_frames().get(turn.thread)
-        stack = "".join(traceback.format_stack(frame)[-10:]) if frame else ""
+        frames = traceback.extract_stack(frame)[-10:] if frame else traceback.StackSummary()
+        stack = "".join(frames.format())
         log.error(
             "%s takes longer than HANDLER_TIMEOUT (%g s) with %s: the attempt has failed, its lease is given up. A thread cannot be "
-            "stopped: it goes on and what it does may be repeated (WORKER_ISOLATION=process can kill it). It stands at:\n%s",
+            "stopped: it goes on, what it does may be repeated (WORKER_ISOLATION=process can kill it). It stands in %s",
             handler.spec,
             handler.timeout,
             ", ".join(mail.delivery.email_id for mail in turn.mails[:3]),
-            stack,
+            " > ".join(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames[-3:]),
         )
         for mail in turn.mails:
             self.settle(self.timed_out(mail, stack))
         self._start_thread("handler-instead")
 
-    def timed_out(self, mail: Started, stack: str = "") -> Outcome:
-        error = HandlerTimeout(f"took longer than {mail.handler.timeout:g} s")
+    def timed_out(self, mail: Started, stack: str = "") -> Failure:
+        return self._failure(mail, HandlerTimeout(f"took longer than {mail.handler.timeout:g} s"), stack)
+
+    def _failure(self, mail: Started, error: IngestionError, stack: str = "") -> Failure:
+        """What becomes of a mail whose handler did not come to its end."""
         decision = decide(error, mail.attempts, mail.handler.policy, self.consumer.terms.chance())
-        return Failure(
-            mail.delivery,
-            decision.verb,
-            decision.delay,
-            decision.reason,
-            "HandlerTimeout",
-            str(error),
-            stack,
-            mail.handler.spec,
-        )
+        kind = type(error).__name__
+        return Failure(mail.delivery, decision.verb, decision.delay, decision.reason, kind, str(error), stack, mail.handler.spec)
 
     # processes
 
@@ -244,21 +244,11 @@ class Runners:
             return outcomes
         return [consumer.finished(*row) for row in zip(mails, services, outcomes, strict=True)]
 
-    def crashed(self, mail: Started, ended: Ended) -> Outcome:
-        """The process of this mail's handler is gone: after a time-out like any failure, else the mail stays a suspect."""
-        if ended.timed_out:
-            return self.timed_out(mail)
-        decision = decide(RuntimeError(), mail.attempts, mail.handler.policy, self.consumer.terms.chance())
-        return Failure(
-            mail.delivery,
-            "crash" if decision.verb == "retry" else decision.verb,
-            decision.delay,
-            decision.reason,
-            "ProcessDied",
-            ended.why,
-            "",
-            mail.handler.spec,
-        )
+    def crashed(self, mail: Started, ended: Ended) -> Failure:
+        """The process of this mail's handler is gone. It stays a suspect, unless it just took too long in a process that may be killed."""
+        failure = self.timed_out(mail) if ended.timed_out else self._failure(mail, ProcessDied(ended.why))
+        suspect = mail.alone or not ended.timed_out
+        return replace(failure, verb="crash") if suspect and failure.verb == "retry" else failure
 
     def end(self) -> None:
         """At the end of the worker: nothing is settled any more, so that what still runs can be handed back; processes are killed."""
@@ -306,7 +296,6 @@ class Suspects:
     def _handle(self, child: Child, mail: Started) -> None:
         outcomes = self.runners.handle_there(child, [mail])
         if isinstance(outcomes, Ended):
-            log.warning("%s: %s, alone in a process of its own", mail.delivery.email_id, outcomes.why)
             self._close()
             outcomes = [self.runners.crashed(mail, outcomes)]
         for outcome in outcomes:

@@ -84,6 +84,10 @@ class Daemon:
     def send(self, number: signal.Signals) -> None:
         self._running().send(number)
 
+    def send_group(self, number: signal.Signals) -> None:
+        """To the daemon and all it has started, as a terminal and a service manager do."""
+        self._running().send_group(number)
+
     def kill9(self) -> None:
         """SIGKILL to the daemon and what it started in its group."""
         self._running().kill()

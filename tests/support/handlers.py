@@ -5,7 +5,8 @@ The first words of the subject are the order:
     fail N      raise in the first N attempts          permanent   raise Permanent
     hold NAME   finish once the file NAME exists       kill N      SIGKILL to the own process, the first time only
     stuck       hold the GIL for ever                              once N other mails are at work in it
-    slow MS     take that long
+    slow MS     take that long                     segfault    read at address 0
+    exit        os._exit                           eat MB      take so much memory, and keep it for this call
     (else)      finish at once
 
 Journal and files stand in the folder of the journal, which the environment names (JOURNAL).
@@ -13,6 +14,8 @@ Journal and files stand in the folder of the journal, which the environment name
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import hashlib
 import os
 import re
@@ -32,7 +35,7 @@ PATIENCE = 120.0  # seconds
 
 @dataclass(frozen=True)
 class Line:
-    """`event`: begin | end."""
+    """`event`: begin | end | batch (`attempt` is the size of the batch)."""
 
     event: str
     email_id: str
@@ -59,14 +62,52 @@ def obey(email: Email, context: Context) -> dict[str, Any]:
         until((journal.parent / argument).exists, PATIENCE, f"the file {argument}")
     if order == "stuck":
         re.fullmatch(r"(a+)+", "a" * 64 + "b")
+    if order == "segfault":
+        ctypes.string_at(0)
+    if order == "exit":
+        os._exit(3)
+    if order == "eat":
+        assert bytearray(int(argument) << 20)
     if order == "slow":
         threading.Event().wait(int(argument) / 1000)
     note(journal, "end", context)
     return {"subject": email.subject, "attempt": context.attempt}
 
 
-def note(journal: Path, event: str, context: Context) -> None:
-    line = f"{event}\t{context.idempotency_key}\t{context.attempt}\t{os.getpid()}\n"
+async def obey_async(email: Email, context: Context) -> dict[str, Any]:
+    """An async handler that knows `hold NAME`, `deaf NAME` (the same, and it will not be cancelled) and `block` (the event loop)."""
+    journal = Path(os.environ["JOURNAL"])
+    note(journal, "begin", context)
+    order, _, rest = email.subject.partition(" ")
+    gate = journal.parent / rest.partition(" ")[0]
+    if order == "block":
+        until(gate.joinpath("never").exists, PATIENCE, "for ever")
+    while order in ("hold", "deaf") and not gate.exists():
+        try:
+            await asyncio.sleep(0.05)
+        except asyncio.CancelledError:
+            if order == "hold":
+                raise
+    note(journal, "end", context)
+    return {"subject": email.subject, "attempt": context.attempt}
+
+
+def obey_batch(emails: list[Email], contexts: list[Context]) -> list[dict[str, Any] | Exception]:
+    """A batch handler: each mail by `obey`; it notes for each how many came with it."""
+    journal = Path(os.environ["JOURNAL"])
+    verdicts: list[dict[str, Any] | Exception] = []
+    for email, context in zip(emails, contexts, strict=True):
+        note(journal, "batch", context, len(emails))
+        try:
+            verdicts.append(obey(email, context))
+        except (Permanent, RuntimeError) as error:
+            verdicts.append(error)
+    return verdicts
+
+
+def note(journal: Path, event: str, context: Context, number: int | None = None) -> None:
+    """`number`: what is noted in the place of the attempt."""
+    line = f"{event}\t{context.idempotency_key}\t{number or context.attempt}\t{os.getpid()}\n"
     with journal.open("ab", buffering=0) as file:  # O_APPEND and one write: lines of many processes never mix
         file.write(line.encode())
 

@@ -32,7 +32,7 @@ from src.worker import recovery
 from src.worker.context import Context
 from src.worker.delivery import Seat
 from src.worker.processor import Started
-from tests.support.consumer import consumer_of
+from tests.support.consumer import Function, consumer_of
 from tests.support.faulty import FaultySession, FaultyTransport, Process
 
 MAILBOX = "INBOX"
@@ -156,7 +156,7 @@ class InlineProducer:
 class InlineWorker:
     """worker.py: its read loop, its handlers, its settler and its lease thread, one after the other."""
 
-    def __init__(self, world: World, process: Process) -> None:
+    def __init__(self, world: World, process: Process, handler: Function = obey) -> None:
         self._world = world
         self._again = retry_on_redis_error(HurriedShutdown())
         self.seat = Seat(
@@ -166,7 +166,7 @@ class InlineWorker:
             f"worker-{secrets.token_hex(3)}",
         )
         settings = world.settings
-        self.consumer = consumer_of(self.seat, settings, obey, a_second_a_look(), again=lambda call: self._again(call)())
+        self.consumer = consumer_of(self.seat, settings, handler, a_second_a_look(), again=lambda call: self._again(call)())
 
     def run(self, until: Callable[[], bool]) -> None:
         """Work until `until` says so, then hand back and leave."""
