@@ -187,8 +187,8 @@ class Runners:
     def _give_up(self, turn: Turn) -> None:
         handler = turn.mails[0].handler
         frame = sys._current_frames().get(turn.thread)
-        frames = traceback.extract_stack(frame)[-10:] if frame else traceback.StackSummary()
-        stack = "".join(frames.format())
+        frames = traceback.extract_stack(frame)[-10:] if frame else []
+        stack = "".join(traceback.format_list(frames))
         log.error(
             "%s takes longer than HANDLER_TIMEOUT (%g s) with %s: the attempt has failed, its lease is given up. A thread cannot be "
             "stopped: it goes on, what it does may be repeated (WORKER_ISOLATION=process can kill it). It stands in %s",
