@@ -130,7 +130,7 @@ def addresses(value: str, most: int) -> tuple[Address, ...]:
         if quoted is not None:
             words.append(_Word(_ESCAPED.sub(r"\1", quoted), token[0]))
         elif bracketed is not None:
-            angle = bracketed if angle is None else angle
+            angle = angle or bracketed
         elif text is not None or (mark == ":" and in_address):  # a colon of a domain literal
             text = text or ":"
             in_address = in_address or "@" in text
@@ -192,9 +192,7 @@ def _mailbox(words: list[_Word], angle: str | None, comment: str) -> list[Addres
     with_at = [atom for atom in atoms if "@" in atom.text]
     chosen = next((atom for atom in reversed(with_at) if not atom.quoted), with_at[-1] if with_at else None)
     name = decode_words(" ".join(atom.text for atom in atoms if atom is not chosen))
-    if chosen is None and len(atoms) == 1 and not atoms[0].quoted and atoms[0].text == name:
-        return [Address(decode_words(comment), name)]  # a user of the sender's own machine
-    if chosen is None:
+    if chosen is None:  # a user of the sender's own machine, or half of a name that holds a comma
         return [Address(name, "")] if name else []
     return [Address(name or decode_words(comment), _bare_address(chosen.text))]
 
@@ -231,7 +229,10 @@ def value_and_parameters(value: str) -> tuple[str, dict[str, str]]:
 
     RFC 2231 (charset, %XX, numbered pieces) is decoded; encoded words, which senders use in its place, are left as they are.
     """
-    head = value.partition(";")[0].partition("(")[0].strip(" \t\"'").lower()
+    head = value.partition(";")[0]
+    if "=" in head and len(words := head.split(None, 1)) == 2:  # the first ";" was forgotten
+        head, value = words[0], f"{words[0]};{value[value.index(words[1]) :]}"
+    head = head.partition("(")[0].strip(" \t\"'").lower()
     plain: dict[str, str] = {}
     pieces: dict[str, dict[int, tuple[str, bool]]] = {}
     for match in _PARAMETER.finditer(value):

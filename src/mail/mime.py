@@ -35,6 +35,11 @@ class Limits:
 
 
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")
+_FIELD_OF_MAIL = re.compile(
+    rb"(?:content-|x-|mime-version|message-id|received|return-path|reply-to|from|sender|to|cc|bcc|subject|date|references"
+    rb"|in-reply-to|list-|dkim-|arc-)[!-9;-~]*[ \t]*:",
+    re.IGNORECASE,
+)
 _BLANK_LINES = re.compile(rb"[\r\n]{1,100}")
 _UU_BEGIN = re.compile(rb"^begin [0-7]{3,4} [^\r\n]*\r?\n", re.MULTILINE)
 _SHORTEST_UU_LINE = 32  # bytes, on average; they have 62
@@ -111,7 +116,10 @@ class Message:
 
 @dataclass(slots=True)
 class _Multipart:
+    """One that is open. `hides`: the place in the stack of the one around it whose boundary it has too, or None."""
+
     part: Part
+    hides: int | None = None
     children: int = 0
 
 
@@ -123,7 +131,7 @@ def read_message(raw: bytes, limits: Limits) -> Message:
     root.end = len(raw)
     message = Message(root, defects=reader.defects)
     stack: list[_Multipart] = []
-    levels: dict[bytes, int] = {}  # boundary -> its place in the stack
+    levels: dict[bytes, int] = {}  # boundary -> the place in the stack of the innermost that has it
     alternatives = parts = dashes = 0
 
     def enter(part: Part) -> Part | None:
@@ -140,16 +148,18 @@ def read_message(raw: bytes, limits: Limits) -> Message:
         if part.content_type == "multipart/alternative" and not part.alternative:
             alternatives += 1
             part.alternative = alternatives
-        levels.setdefault(part.boundary, len(stack))
-        stack.append(_Multipart(part))
+        stack.append(_Multipart(part, hides=levels.get(part.boundary)))
+        levels[part.boundary] = len(stack) - 1
         return None
 
     def leave(level: int, end: int) -> None:
         """Closes every multipart from `level` up at `end`. What stands in one without parts is shown as text."""
         while len(stack) > level:
             closed = stack.pop()
-            if levels.get(closed.part.boundary) == len(stack):
+            if closed.hides is None:
                 del levels[closed.part.boundary]
+            else:
+                levels[closed.part.boundary] = closed.hides
             if not closed.children and closed.part.start < end:
                 message.defects.append("multipart without parts")
                 message.leaves.append(Part(Headers(), start=closed.part.start, end=end))
@@ -257,7 +267,8 @@ class _HeaderReader:
     def read(self, start: int, boundaries: Container[bytes]) -> tuple[Headers, int]:
         """The header that begins at `start`, and where the content behind it does.
 
-        It ends at an empty line, at a line that is no field, at a delimiter of one of `boundaries`, or with the bytes left.
+        It ends at an empty line, at a line that is no field (unless a well-known field follows: then it is passed over), at a
+        delimiter of one of `boundaries`, or with the bytes left.
         """
         raw, limits = self._raw, self._limits
         headers = Headers()
@@ -286,7 +297,8 @@ class _HeaderReader:
             match = _FIELD.match(text)
             if match is None and not text.startswith((b"From ", b">From ", b":")):
                 self.defects.append("a line of the header is no field")
-                break
+                if text.startswith(b"--") or not _FIELD_OF_MAIL.match(raw, after):
+                    break
             self._keep(headers, name, first, last)
             name = match[1].decode("ascii").lower() if match else ""
             first, last = line + (match.end() if match else 0), after
@@ -324,7 +336,11 @@ def content(raw: bytes, part: Part, most: int | None = None) -> tuple[bytes, str
     if encoding in ("", "7bit", "8bit", "binary"):
         return raw[part.start : end], ""
     if encoding == "base64":
-        return _base64(raw, part.start, end, cut=end < part.end)
+        decoded, defect = _base64(raw, part.start, end, cut=end < part.end)
+        first_line = raw[part.start : min(end, part.start + 1000)].lstrip().partition(b"\n")[0]
+        if defect and most is not None and b" " in first_line.rstrip():
+            return raw[part.start : end], "words instead of base64, left as they are"
+        return decoded, defect
     if encoding == "quoted-printable":
         data = raw[part.start : end]
         return binascii.a2b_qp(data if most is None else _BLANKS_AT_LINE_END.sub(b"", data)), ""
@@ -361,10 +377,16 @@ def _uuencode(data: bytes, *, cut: bool) -> tuple[bytes, str]:
         if text == b"end":
             return bytes(decoded), ""
         try:
-            decoded += binascii.a2b_uu(text) if text else b""
+            decoded += _uu_line(text)
         except binascii.Error:
             break
         if line == after:
             break
         line = after
     return bytes(decoded), "" if cut else "broken uuencode"
+
+
+def _uu_line(text: bytes) -> bytes:
+    """The bytes of one line; what stands behind as many letters as its first one promises is left out, as encoders pad differently."""
+    promised = (((text[0] - 32) & 63) * 4 + 5) // 3 if text else 0
+    return binascii.a2b_uu(text[:promised]) if text else b""

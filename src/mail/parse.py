@@ -140,7 +140,7 @@ def _is_bounce(message: Message, sender: Address) -> bool:
     if root.headers.get("return-path").replace(" ", "") != "<>":
         return False
     return (
-        sender.address.partition("@")[0].lower() in _DAEMONS
+        (sender.address or sender.name).partition("@")[0].lower() in _DAEMONS
         or root.headers.has("x-failed-recipients")
         or any(part.content_type == "message/delivery-status" for part in message.leaves)
     )
@@ -171,13 +171,16 @@ def _bodies_and_files(message: Message) -> tuple[list[_Body], list[Part]]:
     """The texts, place by place and the best version first, and the attachments.
 
     It is RFC 8621 section 4.1.4 with fewer surprises: a multipart/alternative is one place, a version of it is what one of its
-    branches holds of one type; its versions may have names; pictures are attachments wherever they stand.
+    branches holds of one type; its versions may have names; pictures are attachments wherever they stand; a text with a name whose
+    sender says "inline" is both.
     """
     places: dict[int, dict[tuple[str, int], list[Part]]] = {}
     files: list[Part] = []
     for number, part in enumerate(message.leaves):
         if _is_attachment(part, alone=part is message.root):
             files.append(part)
+            if part.disposition == "inline" and part.content_type in _BODY_TYPES:
+                places[-number] = {(part.content_type, 0): [part]}
         else:
             versions = places.setdefault(part.alternative or -number, {})
             versions.setdefault((part.content_type, part.branch), []).append(part)

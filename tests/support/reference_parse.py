@@ -67,7 +67,8 @@ def _words(value: object) -> str:
 def _people(mail: Message, name: str) -> Pairs:
     lines = [str(value).replace("\r", "").replace("\n", "") for value in _raw_values(mail, name)]
     pairs = [(squeeze(_words(who)), squeeze(_words(address))) for who, address in getaddresses(lines)]
-    return [pair for pair in pairs if pair != ("", "")]
+    named = [(who or address, "") if "@" not in address else (who, address) for who, address in pairs]
+    return [pair for pair in named if pair != ("", "")]
 
 
 def _raw_values(mail: Message, name: str) -> list[str]:
@@ -105,6 +106,8 @@ def _split(mail: Message) -> tuple[list[str], list[Message]]:
             texts.append(_Version(part.get_content_type() != "text/plain", len(texts), alternative, branch, _text(part)))
         else:
             files.append(part)
+            if part.get_content_disposition() == "inline" and kind in ("text/plain", "text/html"):
+                texts.append(_Version(False, len(texts), -len(texts) - 1, 0, _text(part)))
 
     visit(mail, "", 0, 0, 0)
     shown: list[str] = []

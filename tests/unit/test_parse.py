@@ -163,7 +163,10 @@ def test_a_subject_cannot_smuggle_lines_or_terminal_sequences() -> None:
         ('"a@b.c"', [("", "a@b.c")]),
         ("undisclosed-recipients:;", []),
         ("a@b.c; d@e.f", [("", "a@b.c"), ("", "d@e.f")]),
-        ("Ann", [("", "Ann")]),
+        ("Ann", [("Ann", "")]),
+        ("Doe, Ann <a@b.c>", [("Doe", ""), ("Ann", "a@b.c")]),
+        ("Ann <<a@b.c>>", [("Ann", "a@b.c")]),
+        ("<ann>", [("", "ann")]),
         ("Ann Example", [("Ann Example", "")]),
         ("Ann a@b.c", [("Ann", "a@b.c")]),
         ("<@r1,@r2:a@b.c>", [("", "a@b.c")]),
@@ -241,6 +244,7 @@ def test_a_mail_without_a_date_has_no_defect() -> None:
         ("Content-Type: multipart/report; report-type=delivery-status; boundary=b", "bounce"),
         ("Content-Type: multipart/report; report-type=disposition-notification; boundary=b", ""),
         ("Return-Path: <>\nFrom: MAILER-DAEMON@example.org", "bounce"),
+        ("Return-Path: <>\nFrom: MAILER-DAEMON (Mail Delivery System)", "bounce"),
         ("Return-Path: <>\nX-Failed-Recipients: a@b", "bounce"),
         ("Return-Path: <>\nFrom: bob@example.org", ""),
         ("Return-Path: <a@b>\nFrom: MAILER-DAEMON@example.org", ""),
@@ -598,6 +602,14 @@ def test_broken_base64_is_decoded_as_far_as_it_goes(encoded: str, data: bytes) -
     assert record.attachments == (attached(data, ""),)
     assert record.defects == ("attachment: broken base64",)
     assert record.body_text == "hello"
+
+
+def test_words_that_claim_to_be_base64_are_words() -> None:
+    """In base64 no line has a blank inside; text with a wrong header is shown as it is."""
+    record = read("Content-Type: text/plain\nContent-Transfer-Encoding: base64\n\nwords, as they are\nand more\n")
+    assert record.body_text == "words, as they are\nand more"
+    assert record.defects == ("words instead of base64, left as they are",)
+    assert read("Content-Type: text/plain\nContent-Transfer-Encoding: base64\n\naGVs bG8=\n").body_text == "hello"
 
 
 def test_an_unknown_transfer_encoding_leaves_the_bytes() -> None:

@@ -15,8 +15,12 @@ from tests.support.reference_parse import Reference, reference, squeeze
 ODD_MAILS = sorted((Path(__file__).parent / "mails").glob("*.eml"))
 ENRICHED = ({"text", "files"}, "text/enriched is a text that is read, compat32 knows plain and HTML only")
 ALLOWED: dict[str, tuple[set[str], str]] = {
+    "boundary-twice": ({"text"}, "compat32 takes the delimiters of the inner multipart for the outer one's"),
+    "boundary-twice-closed": ({"text", "files"}, "compat32 takes the delimiters of the inner multipart for the outer one's"),
+    "broken-fold": ({"files"}, "compat32 ends the header at a line that is no field, whatever follows"),
     "byte-order-mark": ({"subject", "senders", "text"}, "compat32 takes the mark for a text and the header for its body"),
     "empty-multipart": ({"text"}, "compat32 drops what stands behind a lone closing delimiter"),
+    "forgotten-semicolon": ({"text", "files"}, "compat32 knows no parameter without a semicolon before it"),
     "local-names": ({"recipients"}, "getaddresses takes the first word of a name for an address"),
     "one-bad-byte": ({"text"}, "the reference reads the whole text as windows-1252"),
     "rfc1896-enriched": ENRICHED,
@@ -104,9 +108,10 @@ def standard_library_mails() -> list[Path]:
 
 
 def test_the_standard_librarys_own_mails_agree() -> None:
-    """All of them, in every field."""
+    """All of them in every field, but for the two whose multiparts have the boundary of the one around them."""
     mails = standard_library_mails()
     if not mails:
         pytest.skip("this interpreter comes without its tests")
     for path in mails:
-        assert not differences(path.read_bytes()), path.name
+        fields = {"msg_15.txt": {"text", "files"}, "msg_39.txt": {"files"}}.get(path.name, set())
+        assert differences(path.read_bytes()).keys() == fields, path.name
