@@ -47,8 +47,9 @@ def test_initial_sync(pipeline: Pipeline, sync: str, first: int, why: str, caplo
 
 
 def test_interrupted_first_read_goes_on_where_it_was(pipeline: Pipeline) -> None:
-    """Killed half-way through its backfill: the next producer leaves out what the first left out, and reads nothing twice."""
+    """Killed half-way: the next producer leaves out what the first left out, reads nothing twice, and counts what is left out once."""
     pipeline.deliver(*(f"too old {number}" for number in range(3)), days_ago=20, expected=False)
+    pipeline.deliver("too old, but SEARCH names it", days_ago=6, expected=False)
     pipeline.deliver(*(f"mail {number}" for number in range(30)), days_ago=1)
     pipeline.deliver("too old as well", days_ago=30, expected=False)
     settings = {"INITIAL_SYNC": "since:5d", "PRODUCER_BATCH_SIZE": "10"}
@@ -56,8 +57,14 @@ def test_interrupted_first_read_goes_on_where_it_was(pipeline: Pipeline) -> None
         producer.wait_for("intake waits", DEADLINE)
         producer.kill9()
     assert 10 <= len(in_stream(pipeline)) < 30, "the first read was interrupted"
+    assert pipeline.client.hget(f"producer_state:{pipeline.account}:INBOX:intake", "passed") == "4"
     assert read_once(pipeline, **settings) == 0
     pipeline.assert_accounted(waiting=pipeline.delivered)
+    assert pipeline.client.hget(f"producer_state:{pipeline.account}:INBOX:intake", "passed") == "5"
+    pipeline.change_uidvalidity()
+    assert read_once(pipeline, **settings) == 0
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+    assert pipeline.client.hget(f"producer_state:{pipeline.account}:INBOX:intake", "passed") == "5", "walked, not added"
     assert pipeline.client.get(f"producer_state:{pipeline.account}:INBOX:email_count") == "30"
 
 
