@@ -11,6 +11,7 @@ from src.sandbox.server import Sandbox
 from tests.integration.test_commands import finished
 from tests.support.once import read_once, reading
 from tests.support.pipeline import DEADLINE, Pipeline
+from tests.support.proxy import FaultProxy
 from tests.support.wait import until
 
 
@@ -172,6 +173,26 @@ def test_a_standby_takes_over(pipeline: Pipeline) -> None:
             pipeline.wait_for_uid(2)
             standby.wait_for("INBOX: CONNECTED, 1 published", DEADLINE)
     pipeline.assert_accounted(waiting=pipeline.delivered)
+
+
+# what a poll costs
+
+
+@pytest.mark.parametrize("size", [10, 5_000])
+def test_a_poll_of_an_unchanged_folder(pipeline: Pipeline, sandbox: Sandbox, size: int) -> None:
+    """Two round trips whatever the folder's size: IDLE until the time is over, and a SEARCH that is answered with one UID."""
+    for number in range(size):
+        sandbox.deliver(pipeline.account, b"Subject: %d\r\n\r\nx" % number)
+    with FaultProxy(sandbox.imap_port, keep=True) as proxy:
+        env = {"IMAP_PORT": str(proxy.port), "INITIAL_SYNC": "new", "POLL_INTERVAL": "0.1", "RELIST_INTERVAL": "3600"}
+        with pipeline.producer(**env):
+            until(lambda: proxy.passed("to_server").count(b" IDLE\r\n") > 10, DEADLINE, "ten polls")
+        commands = re.findall(rb"^[A-Z]+\d+ (.*)\r\n", proxy.passed("to_server"), re.MULTILINE)
+        polls = commands[commands.index(b"IDLE") :]
+        search = b"UID SEARCH UID %d:*" % (size + 1)
+        assert polls[:20] == [b"IDLE", search] * 10
+        answers = re.findall(rb"^\* .*\r\n", proxy.passed("to_client").partition(b"+ idling")[2], re.MULTILINE)
+        assert set(answers) == {b"* SEARCH %d\r\n" % size}
 
 
 # sessions that lie
