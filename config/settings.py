@@ -330,8 +330,8 @@ class RunSettings(Section):
         description="Where raw mail is kept for handlers: file:<folder>, a URL of fsspec (s3://bucket/folder, with its package "
         "installed), or off. A place of this stream alone, which producer and workers share. Unset: file:data/raw (under DATA_DIR).",
     )
-    raw_retention_days: Positive = Field(
-        7, alias="RAW_RETENTION_DAYS", description="Days raw mail is kept after its mail is done, and a day at most."
+    raw_retention: Positive = Field(
+        7, alias="RAW_RETENTION", description="Days (the unit) raw mail is kept after its mail is done, and up to one day more."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", alias="LOG_LEVEL", description="Least level that is logged."

@@ -273,7 +273,7 @@ def likely_cause(token: StoredToken, error: str, now: datetime) -> str:
         return "the client was deleted in Google Cloud, or its secret is a new one"
     if token.expiry and (now - token.expiry).days >= IDLE_DAYS:
         return f"it was not used for {(now - token.expiry).days} days; after six months a consent ends"
-    age = _days_since(token.obtained_at, now)
+    age = days_since(token.obtained_at, now)
     if age is not None and TESTING_DAYS <= round(age, 1) <= TESTING_DAYS + 1:
         return f"the app is in testing, where a consent ends after {TESTING_DAYS} days: publish it, then consent once more"
     return "the account has a new password, or its owner or an administrator took the access back"
@@ -321,66 +321,60 @@ def main(arguments: Sequence[str]) -> int:
 
     Exit codes: 0, 1 consent denied or endpoint not to be had, 2 no usable setting or file, 3 a person must consent.
     """
-    parser = argparse.ArgumentParser(prog="python -m src.auth.oauth2_gmail", description="The OAuth token of one account.")
+    parser = argparse.ArgumentParser(prog="python -m src.auth.oauth2_gmail", description="What accounts log in with.")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--setup", action="store_true", help="ask for Google's consent, as producer.py --auth-setup does")
-    action.add_argument("--info", action="store_true", help="show account, scopes, age, expiry and what ends it; no secret")
+    action.add_argument(
+        "--info", action="store_true", help="show account, scopes, age, expiry and what ends it, of every account; no secret"
+    )
     action.add_argument("--refresh", action="store_true", help="get a new access token now and store it")
     action.add_argument("--revoke", action="store_true", help="take the consent back at Google and remove the token file")
-    parser.add_argument("--username", metavar="U", help="the account (default: the one of gmail_token.json)")
+    parser.add_argument("--username", metavar="U", help="the account (default: the one of gmail_token.json; --info: all)")
     parser.add_argument("--no-browser", action="store_true", help="with --setup: show the address, open no browser")
     parser.add_argument("--token-file", type=Path, metavar="F", help="default: the account's in TOKEN_DIR")
     flags = parser.parse_args(arguments)
     try:
         given = {"GMAIL_USERNAME": flags.username, "TOKEN_FILE": flags.token_file}
+        if flags.token_file and not flags.setup:  # a file that is named outright is a consent's, whatever else is set
+            given |= {"AUTH_METHOD": "oauth2", "ACCOUNTS_FILE": ""}
         settings = load_settings(given)
+        accounts = load_accounts(settings.mail, given)
         if flags.setup:
             from src.auth.consent import set_up  # which stands on this module
 
-            return set_up(settings.auth, load_accounts(settings.mail, given), with_browser=not flags.no_browser)
-        path = flags.token_file or _file_of(load_accounts(settings.mail, given)[0])
+            return set_up(settings.auth, accounts, with_browser=not flags.no_browser)
         if flags.revoke:
             from src.auth.consent import revoke
 
+            path = _file_of(accounts, "--revoke")
             sys.stdout.write(f"{revoke(path)}: the consent is taken back; {path} is removed\n")
             return 0
-        stored = read_token(path, flags.username or "")
-        source = TokenSource(path, flags.username or stored.account)
         if flags.refresh:
-            source.access_token(refuse=stored.access_token)
-        sys.stdout.write(_show(source.info(), SYSTEM.wall()))
+            path = _file_of(accounts, "--refresh")
+            stored = read_token(path, flags.username or "")
+            TokenSource(path, flags.username or stored.account).access_token(refuse=stored.access_token)
+        from src.auth.info import write_info
+
+        return write_info(accounts, SYSTEM, sys.stdout, sys.stderr)
     except (SettingsError, IngestionError) as error:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 3 if isinstance(error, ReauthRequired) else 1
-    return 0
 
 
-def _file_of(account: Account) -> Path:
+def _file_of(accounts: Sequence[Account], action: str) -> Path:
+    """The token file of the one account that is meant."""
+    if len(accounts) > 1:
+        names = ", ".join(account.username for account in accounts)
+        raise ConfigurationError(f"{action} is for one account, of {names}: --username says which")
+    [account] = accounts
+    if account.mail.auth_method != "oauth2":
+        raise ConfigurationError(
+            f"{account.username}: AUTH_METHOD={account.mail.auth_method} has no token file; {action} is for consents (see --info)"
+        )
     return first_existing(token_files(account.mail, account.username))
 
 
-def _show(info: TokenInfo, now: datetime) -> str:
-    lines = {
-        "token file": info.path,
-        "account": info.account or "(not named in the file)",
-        "scopes": " ".join(info.scopes) or "(not named in the file)",
-        "endpoint": info.token_uri,
-        "consented": _age(info.obtained_at, now),
-        "access token": f"good for {info.seconds_left:.0f} s, until {iso(info.expiry)}"
-        if info.seconds_left and info.expiry
-        else "none; the next use gets one",
-        "ended by": f"{TESTING_DAYS} days after the consent if the app is in testing; 6 months without use; a new password; "
-        "the account or its administrator; --revoke",
-    }
-    return "".join(f"{name + ':':14} {value}\n" for name, value in lines.items())
-
-
-def _age(obtained_at: str, now: datetime) -> str:
-    days = _days_since(obtained_at, now)
-    return "(not known)" if days is None else f"{obtained_at}, {int(days)} days ago"
-
-
-def _days_since(moment: str, now: datetime) -> float | None:
+def days_since(moment: str, now: datetime) -> float | None:
     try:
         return (now - datetime.fromisoformat(moment)) / timedelta(days=1)
     except (ValueError, TypeError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,17 @@ from src.common.exceptions import ConfigurationError, ReauthRequired, TokenEndpo
 GUIDE = "docs/OAUTH2_SETUP.md, section 10"
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """What may be shown of a key; "(not in the key file)" where it does not say."""
+
+    client_email: str
+    client_id: str
+    project: str
+    key_id: str
+    token_uri: str
 
 
 class ServiceAccountSource:
@@ -64,17 +76,17 @@ class ServiceAccountSource:
         """Changes when a person has put another key into the file's place."""
         return stamp_of(self._path)
 
+    def info(self) -> KeyInfo:
+        """What may be shown of the key, without asking anybody. Raises ConfigurationError where it cannot be used."""
+        key, _ = self._signer()
+        fields = ("client_email", "client_id", "project_id", "private_key_id", "token_uri")
+        return KeyInfo(*(str(key.get(name) or "(not in the key file)") for name in fields))
+
     def _usable(self, refuse: str | None, ahead: timedelta) -> bool:
         return self._token not in ("", refuse) and self._clock.wall() + ahead < self._until
 
     def _ask(self) -> tuple[str, datetime]:
-        key = self._key()
-        try:
-            credentials: Any = Credentials.from_service_account_info(  # type: ignore[no-untyped-call]
-                key, scopes=[SCOPE], subject=self._account
-            )
-        except (GoogleAuthError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ConfigurationError(f"the key file {self._path} is of no use ({type(error).__name__}); see {GUIDE}") from None
+        key, credentials = self._signer()
         try:
             return renew(credentials, str(key["token_uri"]), self._timeout)
         except Refused as error:
@@ -82,6 +94,16 @@ class ServiceAccountSource:
             raise ReauthRequired(
                 f"Google does not let {who} read {self._account} ({error}); likely: {_likely(error, key)}; see {GUIDE}"
             ) from error
+
+    def _signer(self) -> tuple[dict[str, Any], Any]:
+        key = self._key()
+        try:
+            credentials = Credentials.from_service_account_info(  # type: ignore[no-untyped-call]
+                key, scopes=[SCOPE], subject=self._account
+            )
+        except (GoogleAuthError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ConfigurationError(f"the key file {self._path} is of no use ({type(error).__name__}); see {GUIDE}") from None
+        return key, credentials
 
     def _key(self) -> dict[str, Any]:
         content = read_secret(self._path, "the key file", f"there is no key file {self._path} of a service account; see {GUIDE}")

@@ -1,6 +1,6 @@
 """The raw bytes of each mail beside the stream: stored under their SHA-256, verified when read, swept when nobody needs them.
 
-A mail `sha256:abcd…` is the file `ab/cd/abcd…` of the archive, the bytes as IMAP gave them: `sha256sum` proves it, any mail
+A mail `sha256:abcd…` is the file `a/abcd…` of the archive, the bytes as IMAP gave them: `sha256sum` proves it, any mail
 program opens it. No name comes from a mail. (zlib would save 60 % of letters and 24 % of large attachments, at 30 MB/s of
 intake; the retention bounds the space instead.) One archive belongs to one stream: the sweep of another would empty it.
 """
@@ -107,7 +107,7 @@ class Archive:
             raw = self.store.read(_path(raw_ref))
         if raw is None:
             self.check()
-            raise ArchiveMissing(f"{raw_ref} is not in {self.store.place}: swept after RAW_RETENTION_DAYS, or removed by hand")
+            raise ArchiveMissing(f"{raw_ref} is not in {self.store.place}: swept after RAW_RETENTION, or removed by hand")
         if ref_of(raw) != raw_ref:
             raise ArchiveMissing(f"{raw_ref} in {self.store.place} is damaged: its bytes have another SHA-256")
         return raw
@@ -150,7 +150,7 @@ class Archive:
             if error.errno in _FULL:
                 raise ArchiveUnavailable(
                     f"raw mail cannot be {what}: {self.store.place} is full ({reason}). "
-                    "Make room there or lower RAW_RETENTION_DAYS; nothing is lost meanwhile"
+                    "Make room there or lower RAW_RETENTION; nothing is lost meanwhile"
                 ) from error
             raise ArchiveUnavailable(
                 f"raw mail cannot be {what}: {self.store.place} cannot be had ({reason}). "

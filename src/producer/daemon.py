@@ -205,7 +205,7 @@ class Producer:
     def _sweep(self) -> None:
         """Several times a day, remove raw mail that nobody needs any more."""
         while self.archive is not None and not self.stopped.wait(SWEEP_SECONDS):
-            keep = self.settings.run.raw_retention_days * 86_400
+            keep = self.settings.run.raw_retention * 86_400
             try:
                 needed = references(self.redis, self.keys)
                 removed = self.archive.sweep(needed, older_than=keep, now=self.clock.wall())

@@ -58,6 +58,7 @@ def preview(
             state,
             marker_file.read(),
             uidvalidity=session.folder.uidvalidity,
+            exists=len(listed),
             highest=highest,
             newest=last[highest].internal_date if highest in last else "",
             threshold=plan.first_threshold(settings.mail.initial_sync, clock.wall()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -18,8 +19,8 @@ class State:
 
     Every UID up to `last_uid` has a recorded fate. A UID up to `horizon` counts only if its INTERNALDATE is not before `boundary`
     (it was there when the read began); above it every mail counts. `first_complete`: the first read of the mailbox came to its end.
-    `passed`: how many mails were left out by date. `floor`: UIDs up to this one were left out whatever their date, as far as this
-    UIDVALIDITY goes ("new mail only").
+    `passed`: how many mails of this UIDVALIDITY were left out, by their date or as not new, when `last_uid` moved past them.
+    `floor`: UIDs up to this one were left out whatever their date, as far as this UIDVALIDITY goes ("new mail only").
     """
 
     uidvalidity: int
@@ -52,19 +53,28 @@ class Opening:
 
 
 def opening(
-    state: State | None, marker: Marker | None, *, uidvalidity: int, highest: int, newest: str, threshold: str, traces: str | None
+    state: State | None,
+    marker: Marker | None,
+    *,
+    uidvalidity: int,
+    exists: int,
+    highest: int,
+    newest: str,
+    threshold: str,
+    traces: str | None,
 ) -> Opening:
     """Decide how to begin.
 
-    `highest`, `newest`: UID and INTERNALDATE of the folder's last mail (0, "" if it is empty). `threshold`: from when the first read
-    takes mail (`first_threshold`). `traces`: oldest day that other keys of this mailbox tell of, None if there are none.
+    `exists`: how many mails the folder holds. `highest`, `newest`: UID and INTERNALDATE of the last one (0, "" if it is empty).
+    `threshold`: from when the first read takes mail (`first_threshold`). `traces`: oldest day that other keys of this mailbox tell
+    of, None if there are none.
     """
     if state is not None and state.uidvalidity == uidvalidity:
         return Opening("continue", state, "")
     if state is not None:
         return Opening(
             "walk",
-            replace(state, uidvalidity=uidvalidity, last_uid=0, horizon=highest, floor=0),
+            replace(state, uidvalidity=uidvalidity, last_uid=0, horizon=highest, passed=0, floor=0),
             f"UIDVALIDITY changed from {state.uidvalidity} to {uidvalidity}: walking the folder, known mail is recognised",
         )
     if marker is not None:
@@ -80,7 +90,9 @@ def opening(
     boundary = threshold if threshold <= newest else newest
     if threshold == NEVER:
         return Opening(
-            "first", State(uidvalidity, highest, boundary, 0, first_complete=True, floor=highest), "first read: new mail only"
+            "first",
+            State(uidvalidity, highest, boundary, 0, first_complete=True, passed=exists, floor=highest),
+            "first read: new mail only",
         )
     return Opening(
         "first",
@@ -160,13 +172,16 @@ def prefix(uids: Sequence[int], present: Collection[int]) -> tuple[list[int], li
     return ([uid for uid in uids if uid < absent[0]] if absent else list(uids)), absent
 
 
-def advanced(state: State, last_uid: int, *, passed: int = 0) -> State:
-    return replace(state, last_uid=max(state.last_uid, last_uid), passed=state.passed + passed)
+def advanced(state: State, last_uid: int, *left_out: Sequence[int]) -> State:
+    """The state moved up to `last_uid`. `left_out`: ascending UIDs that are not published; those it moves past count as passed."""
+    moved = max(state.last_uid, last_uid)
+    passed = sum(bisect_right(uids, moved) - bisect_right(uids, state.last_uid) for uids in left_out)
+    return replace(state, last_uid=moved, passed=state.passed + passed)
 
 
-def finished(state: State, highest: int) -> State:
+def finished(state: State, highest: int, *left_out: Sequence[int]) -> State:
     """Everything listed has its fate: the read by date is over, from here on every mail counts."""
-    return replace(state, last_uid=max(state.last_uid, highest), horizon=0, first_complete=True)
+    return replace(advanced(state, highest, *left_out), horizon=0, first_complete=True)
 
 
 def oldest_open(fields: Iterable[str], account: str, mailbox: str) -> str:

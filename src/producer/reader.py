@@ -115,6 +115,7 @@ class Reader:
             state,
             self._marker,
             uidvalidity=folder.uidvalidity,
+            exists=len(listed),
             highest=highest,
             newest=newest,
             threshold=plan.first_threshold(self.settings.mail.initial_sync, self.clock.wall()),
@@ -174,20 +175,21 @@ class Reader:
         day = plan.search_day(state)
         dated = set(session.uids_since(day, state.last_uid + 1)) if day else None
         uids = plan.candidates(state, listed, dated)
-        start, left_out = state, len(listed) - len(uids)
+        start, looked_at = state, set(uids)
+        left_out = [uid for uid in listed if uid not in looked_at]
         self.progress.start(len(uids))
         for window in self._windows(uids):
-            state = self._read_window(session, state, window, plan.counts)
+            state = self._read_window(session, state, window, plan.counts, left_out)
             self.progress.advance(len(window))
             if self.pulse.shutdown.requested:
                 return state
             self._look_ahead(session, state)
         self.progress.end()
-        done = plan.finished(plan.advanced(state, 0, passed=left_out), listed[-1] if listed else 0)
+        done = plan.finished(state, listed[-1] if listed else 0, left_out)
         if done != state or state == start:
             self._publish([], state, done)  # also what says that this mailbox was polled, and is still ours
         if by_date:
-            log.info("%s: the read by date is complete, %d mails were left out", self.pulse.title, done.passed - start.passed)
+            log.info("%s: the read by date is complete, %d mails were left out", self.pulse.title, done.passed)
         self.remember(done, force=by_date)
         return done
 
@@ -237,9 +239,19 @@ class Reader:
 
     # a window of mails
 
-    def _read_window(self, session: Session, state: State, uids: Sequence[int], judge: Judge, *, moves: bool = True) -> State:
+    def _read_window(
+        self,
+        session: Session,
+        state: State,
+        uids: Sequence[int],
+        judge: Judge,
+        left_out: Sequence[int] = (),
+        *,
+        moves: bool = True,
+    ) -> State:
         """Publish what is known nowhere among `uids` and counts by `judge`; the state moves with each batch, unless told not to.
 
+        `left_out`: UIDs that are not looked at, ascending; counted as the state moves past them.
         Raises ImapIncomplete behind the contiguous prefix.
         """
         self.pulse.turn()
@@ -252,6 +264,7 @@ class Reader:
         fresh = {ready[position] for position in unknown}
         forgotten = iso(self.clock.wall() - timedelta(days=self.settings.stream.processed_days))
         wanted = [uid for uid in ready if uid in fresh and judge(state, uid, metas[uid].internal_date, forgotten)]
+        passed = sorted(fresh - set(wanted))
         if moves:
             self.known += len(ready) - len(fresh)
         most = self.settings.mail.max_message_bytes
@@ -260,12 +273,12 @@ class Reader:
             self._respect_budget(session, state, group)
             mails, withheld = self._fetched(session, [(metas[uid], identities[uid]) for uid in group])
             for batch in split(mails, lambda mail: mail.size, most=len(group), most_bytes=PUBLISH_BYTES):
-                moved = plan.advanced(state, batch[-1].uid) if moves else state
+                moved = plan.advanced(state, batch[-1].uid, left_out, passed) if moves else state
                 state = self._publish(batch, state, moved, session)
             if withheld:
                 self._missed(withheld)
         if moves and ready:
-            moved = plan.advanced(state, ready[-1], passed=len(fresh) - len(wanted))
+            moved = plan.advanced(state, ready[-1], left_out, passed)
             state = self._publish([], state, moved) if moved != state else state
         if absent:
             self._missed(absent)

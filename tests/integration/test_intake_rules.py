@@ -11,6 +11,7 @@ from src.sandbox.server import Sandbox
 from tests.integration.test_commands import finished
 from tests.support.once import read_once, reading
 from tests.support.pipeline import DEADLINE, Pipeline
+from tests.support.proxy import FaultProxy
 from tests.support.wait import until
 
 
@@ -47,8 +48,9 @@ def test_initial_sync(pipeline: Pipeline, sync: str, first: int, why: str, caplo
 
 
 def test_interrupted_first_read_goes_on_where_it_was(pipeline: Pipeline) -> None:
-    """Killed half-way through its backfill: the next producer leaves out what the first left out, and reads nothing twice."""
+    """Killed half-way: the next producer leaves out what the first left out, reads nothing twice, and counts what is left out once."""
     pipeline.deliver(*(f"too old {number}" for number in range(3)), days_ago=20, expected=False)
+    pipeline.deliver("too old, but SEARCH names it", days_ago=6, expected=False)
     pipeline.deliver(*(f"mail {number}" for number in range(30)), days_ago=1)
     pipeline.deliver("too old as well", days_ago=30, expected=False)
     settings = {"INITIAL_SYNC": "since:5d", "PRODUCER_BATCH_SIZE": "10"}
@@ -56,8 +58,14 @@ def test_interrupted_first_read_goes_on_where_it_was(pipeline: Pipeline) -> None
         producer.wait_for("intake waits", DEADLINE)
         producer.kill9()
     assert 10 <= len(in_stream(pipeline)) < 30, "the first read was interrupted"
+    assert pipeline.client.hget(f"producer_state:{pipeline.account}:INBOX:intake", "passed") == "4"
     assert read_once(pipeline, **settings) == 0
     pipeline.assert_accounted(waiting=pipeline.delivered)
+    assert pipeline.client.hget(f"producer_state:{pipeline.account}:INBOX:intake", "passed") == "5"
+    pipeline.change_uidvalidity()
+    assert read_once(pipeline, **settings) == 0
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+    assert pipeline.client.hget(f"producer_state:{pipeline.account}:INBOX:intake", "passed") == "5", "walked, not added"
     assert pipeline.client.get(f"producer_state:{pipeline.account}:INBOX:email_count") == "30"
 
 
@@ -165,6 +173,26 @@ def test_a_standby_takes_over(pipeline: Pipeline) -> None:
             pipeline.wait_for_uid(2)
             standby.wait_for("INBOX: CONNECTED, 1 published", DEADLINE)
     pipeline.assert_accounted(waiting=pipeline.delivered)
+
+
+# what a poll costs
+
+
+@pytest.mark.parametrize("size", [10, 5_000])
+def test_a_poll_of_an_unchanged_folder(pipeline: Pipeline, sandbox: Sandbox, size: int) -> None:
+    """Two round trips whatever the folder's size: IDLE until the time is over, and a SEARCH that is answered with one UID."""
+    for number in range(size):
+        sandbox.deliver(pipeline.account, b"Subject: %d\r\n\r\nx" % number)
+    with FaultProxy(sandbox.imap_port, keep=True) as proxy:
+        env = {"IMAP_PORT": str(proxy.port), "INITIAL_SYNC": "new", "POLL_INTERVAL": "0.1", "RELIST_INTERVAL": "3600"}
+        with pipeline.producer(**env):
+            until(lambda: proxy.passed("to_server").count(b" IDLE\r\n") > 10, DEADLINE, "ten polls")
+        commands = re.findall(rb"^[A-Z]+\d+ (.*)\r\n", proxy.passed("to_server"), re.MULTILINE)
+        polls = commands[commands.index(b"IDLE") :]
+        search = b"UID SEARCH UID %d:*" % (size + 1)
+        assert polls[:20] == [b"IDLE", search] * 10
+        answers = re.findall(rb"^\* .*\r\n", proxy.passed("to_client").partition(b"+ idling")[2], re.MULTILINE)
+        assert set(answers) == {b"* SEARCH %d\r\n" % size}
 
 
 # sessions that lie

@@ -1,15 +1,21 @@
-"""How fast the twins are here, printed and never judged: `python -m tests.load.figures [--emails N]`.
+"""How fast the twins are here, printed and never judged: `python -m tests.load.figures [drain] [intake] [first-read] [arrival]`.
 
-Drain: one worker process with every guarantee on and a no-op handler empties a stream of 5 KB records. Intake: one producer
+drain: one worker process with every guarantee on and a no-op handler empties a stream of 5 KB records. intake: one producer
 process reads a Dovecot mailbox over TLS into the stream. Beside each rate stand the process's peak memory and, as the measure of this
-machine on this day, the bare XREADGROUP + XACK loop.
+machine on this day, the bare XREADGROUP + XACK loop. These two are what runs when nothing is named.
+
+first-read: the memory of a producer while it reads a sandbox mailbox of ten times as many mails for the first time. arrival: from
+the moment the sandbox has a mail to the moment it stands in the stream, one mail at a time, told by IDLE.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -18,6 +24,7 @@ from pathlib import Path
 import redis
 
 from src.sandbox.generator import generate
+from src.sandbox.server import Sandbox
 from tests.support.daemons import Daemon
 from tests.support.servers import Dovecot, RedisServer
 from tests.support.wait import until
@@ -127,12 +134,92 @@ def intake(count: int) -> None:
     )
 
 
+def resident_mb(pid: int) -> float:
+    """Resident memory of a process now, in MB (Linux)."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def of_the_sandbox(sandbox: Sandbox, server: RedisServer, folder: Path) -> dict[str, str]:
+    """The settings of a producer that reads the sandbox's account; its token is in `folder`."""
+    (folder / "tokens").mkdir()
+    sandbox.write_token_file(folder / "tokens" / "gmail_token.json", ACCOUNT)
+    return {
+        "REDIS_URL": server.url,
+        "HTTP_PORT": "0",
+        "IMAP_HOST": "127.0.0.1",
+        "IMAP_PORT": str(sandbox.imap_port),
+        "IMAP_SECURITY": "none",
+        "INITIAL_SYNC": "all",
+        "LOG_FORMAT": "text",
+    }
+
+
+def first_read(count: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, RedisServer("valkey", appendonly=True) as server, Sandbox() as sandbox:
+        for number in range(count):
+            header = f"From: Ann <ann@example.org>\r\nSubject: mail {number}\r\nMessage-ID: <{number}@example.org>\r\n\r\n"
+            sandbox.deliver(ACCOUNT, header.encode() + b"hello\r\n" * 20)
+        env = of_the_sandbox(sandbox, server, Path(folder)) | {"STREAM_MAXLEN": str(11 * count)}  # the read may use a tenth
+        client = server.client()
+        last_uid = f"producer_state:{ACCOUNT}:INBOX:last_uid"
+        seen: list[tuple[int, float]] = []  # (mails read, MB)
+        with Daemon("producer.py", env=env, tmp=Path(folder)) as producer:
+            until(lambda: client.get(last_uid) is not None, 60, "the read has begun")
+            began = time.perf_counter()
+
+            def ended() -> bool:
+                seen.append((int(client.get(last_uid) or 0), resident_mb(producer.pid)))
+                return seen[-1][0] == count
+
+            until(ended, 3600, "the mailbox is read")
+            seconds = time.perf_counter() - began
+            published, peak = client.xlen(STREAM), peak_mb(producer.pid)
+    thirds = [[mb for done, mb in seen if part <= 3 * done / count < part + 1] or [0.0] for part in range(3)]
+    whole = " ".join(f"{statistics.median(part):.1f}" for part in thirds)
+    late = [(done, mb) for done, mb in seen if done > count / 10]
+    slope = statistics.linear_regression(*zip(*late, strict=True)).slope * 100_000 if len(late) > 2 else 0.0
+    print(f"first read  {count} mails, sandbox: {count / seconds:,.0f} mails/s, {published} in the stream, peak {peak:.0f} MB")
+    print(
+        f"            memory by thirds of the read: {whole} MB; grows by {slope:.1f} MB per 100,000 mails behind the first tenth"
+    )
+
+
+def arrival(count: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, RedisServer("valkey", appendonly=True) as server, Sandbox() as sandbox:
+        sandbox.add_account(ACCOUNT)
+        client = server.client()
+        env = of_the_sandbox(sandbox, server, Path(folder)) | {"POLL_INTERVAL": "600"}
+        with Daemon("producer.py", env=env, tmp=Path(folder)):
+            until(lambda: client.get(f"producer_state:{ACCOUNT}:INBOX:last_uid") is not None, 60, "the first poll")
+            took: list[float] = []
+            last = "0"
+            for sample in generate(1, count):
+                client.xread({STREAM: last}, block=random.randint(50, 150))  # all is at rest meanwhile
+                began = time.perf_counter()
+                sandbox.deliver(ACCOUNT, sample.raw)
+                [(_, entries)] = client.xread({STREAM: last}, block=30_000)  # type: ignore[misc]
+                took.append((time.perf_counter() - began) * 1000)
+                last = entries[-1][0]
+    p50, p99 = (statistics.quantiles(took, n=100)[at - 1] for at in (50, 99))
+    print(f"arrival     {count} mails one at a time, IDLE: p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {max(took):.1f} ms")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", nargs="*", choices=[[], "drain", "intake", "first-read", "arrival"], metavar="WHAT")
     parser.add_argument("--emails", type=int, default=10_000, metavar="N")
-    count = parser.parse_args().emails
-    drain(3 * count)
-    intake(count)
+    given = parser.parse_args()
+    what, count = given.what or ["drain", "intake"], given.emails
+    if "drain" in what:
+        drain(3 * count)
+    if "intake" in what:
+        intake(count)
+    if "first-read" in what:
+        first_read(10 * count)
+    if "arrival" in what:
+        arrival(min(count, 300))
+    print("load        " + " ".join(f"{load:.1f}" for load in os.getloadavg()) + f" on {os.cpu_count()} cores")
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from config.routes import Route
 from config.settings import Settings, WorkSettings
 from src.common.circuit_breaker import Breakers, Rules
 from src.common.clock import Clock
@@ -30,15 +29,15 @@ def consumer_of(
     clock: Clock,
     *,
     again: Callable[[Callable[[], Any]], Any] = lambda call: call(),
-    routes: tuple[tuple[Route, Handler], ...] = (),
+    fetch_raw: Callable[[str], bytes] | None = None,
 ) -> Consumer:
     """`again`: what repeats a handler's calls to Redis; here each is made once. Breakers open after five failures."""
     return Consumer(
         seat,
         settings.stream,
         settings.work,
-        Handlers(routes, handler_of(function, settings.work)),
-        Terms(lambda: 0.0, settings.stream.result_max_bytes),
+        Handlers((), handler_of(function, settings.work)),
+        Terms(lambda: 0.0, settings.stream.result_max_bytes, fetch_raw),
         clock,
         Breakers(Rules(), clock.monotonic, lambda: 1.0),
         again,

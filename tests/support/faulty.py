@@ -1,4 +1,5 @@
-"""Round trips that break on purpose: a transport and an IMAP session that count each call and fail the one they are told to.
+"""Round trips that break on purpose: a transport, an IMAP session and an archive's store that count each call and fail the one
+they are told to.
 
 Processes of a run live in one interpreter. Each has its own `Process`, through which all its round trips go; the trips of a
 run are numbered together by `Trips`, from 1.
@@ -6,8 +7,10 @@ run are numbered together by `Trips`, from 1.
 
 from __future__ import annotations
 
+import errno
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import date
 from enum import Enum
@@ -15,6 +18,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import redis
 
+from src.common.archive import Store
 from src.common.exceptions import ImapUnavailable
 from src.common.redis_client import Arg, Transport
 from src.imap.imap_client import Folder, ImapMailbox, Meta
@@ -37,13 +41,21 @@ class Fault(Enum):
 
 
 class Trips:
-    """Counts the round trips of a run by kind and breaks number `at`. `meanwhile`: what happens under Fault.MEANWHILE."""
+    """Counts the round trips of a run of these `kinds` and breaks number `at`. `meanwhile`: what happens under Fault.MEANWHILE."""
 
-    def __init__(self, at: int = 0, fault: Fault = Fault.MEANWHILE, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        at: int = 0,
+        fault: Fault = Fault.MEANWHILE,
+        meanwhile: Callable[[], None] = lambda: None,
+        kinds: Sequence[str] = ("redis", "imap", "archive"),
+    ) -> None:
         self.counts: Counter[str] = Counter()
         self.broken = ""
         self._at = at
+        self._kinds = kinds
         self._fault = fault
+        self._counting = threading.Lock()  # the archive writes several files at once
         self.meanwhile = meanwhile
 
     @property
@@ -51,11 +63,12 @@ class Trips:
         return bool(self.broken)
 
     def fault_of_next(self, kind: str, what: str) -> Fault | None:
-        self.counts[kind] += 1
-        if self.counts.total() != self._at:
-            return None
-        self.broken = f"{self._fault.value} at trip {self._at}: {kind} {what}"
-        return self._fault
+        with self._counting:
+            self.counts[kind] += kind in self._kinds
+            if kind not in self._kinds or self.counts.total() != self._at:
+                return None
+            self.broken = f"{self._fault.value} at trip {self._at}: {kind} {what}"
+            return self._fault
 
 
 class Process:
@@ -160,3 +173,39 @@ class FaultySession:
             self._real.__exit__(None, None, None)
             raise
         return reply
+
+
+class FaultyStore:
+    """The store of an archive as one process reaches it: each write is a trip, and so is making its name durable."""
+
+    def __init__(self, real: Store, process: Process) -> None:
+        self._real = real
+        self._process = process
+
+    @property
+    def place(self) -> str:
+        return self._real.place
+
+    def write(self, path: str, data: bytes) -> None:
+        self._ask("write", lambda: self._real.write(path, data))
+
+    def settle(self, path: str) -> None:
+        self._ask("settle", lambda: self._real.settle(path))
+
+    def begun(self) -> bool:
+        return self._real.begun()
+
+    def read(self, path: str) -> bytes | None:
+        return self._real.read(path)
+
+    def files(self) -> Iterator[tuple[str, float]]:
+        return self._real.files()
+
+    def refresh(self, path: str, now: float) -> None:
+        self._real.refresh(path, now)
+
+    def remove_older(self, path: str, moment: float) -> bool:
+        return self._real.remove_older(path, moment)
+
+    def _ask(self, what: str, send: Callable[[], Reply]) -> Reply:
+        return self._process.trip("archive", what, send, OSError(errno.ENOSPC, "full on purpose"))

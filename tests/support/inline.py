@@ -10,12 +10,15 @@ import secrets
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from datetime import date
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import redis
 
 from config.settings import Settings, load_settings
+from src.common.archive import Archive, open_archive, ref_of
 from src.common.clock import SYSTEM, Clock
 from src.common.exceptions import GroupMissing, Permanent, Transient
 from src.common.health import Beats
@@ -33,7 +36,7 @@ from src.worker.context import Context
 from src.worker.delivery import Seat
 from src.worker.processor import Started
 from tests.support.consumer import Function, consumer_of
-from tests.support.faulty import FaultySession, FaultyTransport, Process
+from tests.support.faulty import FaultySession, FaultyStore, FaultyTransport, Process
 
 MAILBOX = "INBOX"
 LEASE = 0.05  # seconds, of workers and producers
@@ -48,6 +51,7 @@ SETTINGS = {
     "RECOVERY_TICK": 0.001,
     "WORKER_BLOCK_MS": 1,
     "INCOMPLETE_WAIT": 0.001,
+    "RAW_ARCHIVE": "off",
 }
 
 
@@ -76,26 +80,32 @@ def a_second_a_look() -> Clock:
     return Clock(wall=SYSTEM.wall, monotonic=lambda: float(next(seconds)))
 
 
-def obey(email: Email, context: Context) -> dict[str, int]:
-    """A handler that does what the subject says: `done`, `retry` (fails once) or `dead`."""
+def obey(email: Email, context: Context) -> dict[str, object]:
+    """A handler that does what the subject says: `done`, `retry` (fails once) or `dead`. Its result says what it got to see."""
     if email.subject == "dead":
         raise Permanent("as told")
     if email.subject == "retry" and context.attempt == 1:
         raise RuntimeError("as told")
-    return {"attempt": context.attempt}
+    raw = ref_of(email.raw()) if email.raw_ref else ""
+    return {"attempt": context.attempt, "subject": email.subject, "truncated": email.truncated, "raw": raw}
 
 
 class World:
-    """What processes share: a server, a mailbox, a disk. `admin` looks at the server and is no round trip."""
+    """What processes share: a server, a mailbox, a disk, settings (`env` wins over those of tests; None: the default).
 
-    def __init__(self, admin: redis.Redis, transport: Transport, endpoint: ImapEndpoint, account: str, token: str) -> None:
+    `admin` looks at the server and is no round trip.
+    """
+
+    def __init__(
+        self, admin: redis.Redis, transport: Transport, endpoint: ImapEndpoint, account: str, token: str, **env: object
+    ) -> None:
         self.admin = admin
         self.transport = transport
         self.endpoint = endpoint
         self.account = account
         self.token = token
         self.data_dir = Path()
-        self.settings: Settings = load_settings(SETTINGS, env_file=None)
+        self.settings: Settings = load_settings({**SETTINGS, **env}, env_file=None)
         self.keys = Keys(self.settings.stream.name)
 
     def renew(self, data_dir: Path) -> None:
@@ -103,6 +113,10 @@ class World:
         self.admin.flushall()
         self.admin.script_flush()
         self.data_dir = data_dir
+
+    def archive(self) -> Archive | None:
+        place = self.settings.run.raw_archive
+        return open_archive(place.get_secret_value() if place else None, self.data_dir)
 
     def stream_is_empty(self) -> bool:
         return bool(self.admin.xlen(self.keys.stream) == 0)
@@ -122,6 +136,7 @@ class InlineProducer:
     def __init__(self, world: World, process: Process) -> None:
         clock, redis_client = a_second_a_look(), RedisClient(FaultyTransport(world.transport, process))
         self.states = StateManager(redis_client, world.keys, world.account, MAILBOX, secrets.token_hex(8))
+        archive = world.archive()
 
         def connect(token: str) -> AbstractContextManager[Session]:
             return FaultySession(ImapMailbox(world.endpoint, world.account, MAILBOX, token), process, self._renew)
@@ -138,7 +153,12 @@ class InlineProducer:
             new_id=lambda: secrets.token_hex(8),
             shutdown=HurriedShutdown(),
             beats=Beats(clock),
+            archive=Archive(FaultyStore(archive.store, process)) if archive else None,
         )
+
+    def ask_for(self, day: date) -> None:
+        """--resync-from."""
+        self.mailbox.pulse.ask_redis(partial(self.states.request_resync, day.isoformat()))
 
     def _renew(self) -> None:
         if self.mailbox.owns:
@@ -165,8 +185,15 @@ class InlineWorker:
             world.settings.stream.group,
             f"worker-{secrets.token_hex(3)}",
         )
-        settings = world.settings
-        self.consumer = consumer_of(self.seat, settings, handler, a_second_a_look(), again=lambda call: self._again(call)())
+        archive = world.archive()
+        self.consumer = consumer_of(
+            self.seat,
+            world.settings,
+            handler,
+            a_second_a_look(),
+            again=lambda call: self._again(call)(),
+            fetch_raw=archive.get if archive else None,
+        )
 
     def run(self, until: Callable[[], bool]) -> None:
         """Work until `until` says so, then hand back and leave."""

@@ -37,10 +37,10 @@ class _Connection:
 class FaultProxy:
     """Listens on 127.0.0.1:`port` and passes every byte to `target`: a port on 127.0.0.1 or the path of a unix socket.
 
-    Each fault holds from the return of its method on: bytes that come in later meet it.
+    Each fault holds from the return of its method on: bytes that come in later meet it. `keep`: remember what passed.
     """
 
-    def __init__(self, target: int | Path) -> None:
+    def __init__(self, target: int | Path, *, keep: bool = False) -> None:
         self._target = target
         self.port = free_port()
         self._changed = threading.Condition()
@@ -50,6 +50,7 @@ class FaultProxy:
         self._delay = 0.0
         self._budget: dict[Direction, int] = {}
         self._accepted = 0
+        self._passed: dict[Direction, bytearray] | None = {"to_server": bytearray(), "to_client": bytearray()} if keep else None
 
     def __enter__(self) -> Self:
         self._listen()
@@ -73,6 +74,12 @@ class FaultProxy:
         """How many connections were ever passed on to the server."""
         with self._changed:
             return self._accepted
+
+    def passed(self, direction: Direction) -> bytes:
+        """What went in `direction` over all connections so far (`keep`)."""
+        assert self._passed is not None, "keep=True remembers it"
+        with self._changed:
+            return bytes(self._passed[direction])
 
     def cut(self) -> None:
         """Reset every open connection (RST to both sides); new ones are welcome."""
@@ -150,6 +157,9 @@ class FaultProxy:
         with contextlib.suppress(OSError):  # either side has closed or was cut
             while data := source.recv(CHUNK):
                 allowed = self._admit(connection, len(data), direction)
+                if self._passed is not None:
+                    with self._changed:
+                        self._passed[direction] += data[:allowed]
                 sink.sendall(data[:allowed])
                 if allowed < len(data):
                     break

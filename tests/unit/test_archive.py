@@ -190,7 +190,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(folder: Archive, root: Path) -> 
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, 4_096))
-        with pytest.raises(ArchiveUnavailable, match=r"full .* Make room there or lower RAW_RETENTION_DAYS"):
+        with pytest.raises(ArchiveUnavailable, match=r"full .* Make room there or lower RAW_RETENTION"):
             folder.put(MAIL)
 
     assert in_child(work) == 0

@@ -703,7 +703,7 @@ def test_token_dir_and_username_find_the_file(
     for arguments, account in ((["--info"], ANN), (["--info", "--username", BOB], BOB)):
         assert main(arguments) == 0
         info = capsys.readouterr().out
-        assert f"account:       {account}\n" in info
+        assert f"account:         {account}\n" in info
         assert ", 0 days ago" in info
         assert "7 days after the consent" in info
     assert main(["--info", "--username", "eve@gmail.example"]) == 2

@@ -39,22 +39,26 @@ class Reading:
         day = plan.search_day(self.state)
         dated = None if day is None else {uid for uid in listed if server_day(folder[uid]) >= day}
         uids = plan.candidates(self.state, listed, dated)
-        start = self.state.last_uid
+        left_out = [uid for uid in listed if uid not in uids]
+        start, published = self.state.last_uid, len(self.published)
         for first in range(0, len(uids), window):
             if first // window == windows:
-                self.leave_out(listed, uids, start)
+                self.leave_out(listed, start, published)
                 return False
-            for uid in uids[first : first + window]:
-                counts = plan.counts(self.state, uid, folder[uid], forgotten)
-                (self.published if counts else self.passed).append(uid)
-                self.state = plan.advanced(self.state, uid, passed=int(not counts))
-        self.state = plan.finished(self.state, listed[-1] if listed else 0)
-        self.leave_out(listed, uids, start)
+            judged = uids[first : first + window]
+            wanted = [uid for uid in judged if plan.counts(self.state, uid, folder[uid], forgotten)]
+            passed = [uid for uid in judged if uid not in wanted]
+            for uid in wanted:  # as if each were a batch of its own
+                self.published.append(uid)
+                self.state = plan.advanced(self.state, uid, left_out, passed)
+            self.state = plan.advanced(self.state, judged[-1], left_out, passed)
+        self.state = plan.finished(self.state, listed[-1] if listed else 0, left_out)
+        self.leave_out(listed, start, published)
         return True
 
-    def leave_out(self, listed: Sequence[int], uids: Sequence[int], start: int) -> None:
-        """Those that SEARCH did not name and the state moved past."""
-        self.passed += [uid for uid in listed if uid not in uids and start < uid <= self.state.last_uid]
+    def leave_out(self, listed: Sequence[int], start: int, published: int) -> None:
+        """Those that this poll moved past without publishing them."""
+        self.passed += [uid for uid in listed if start < uid <= self.state.last_uid and uid not in self.published[published:]]
 
 
 def server_day(moment: str) -> date:
@@ -65,7 +69,14 @@ def server_day(moment: str) -> date:
 def opened(folder: dict[int, str], threshold: str) -> Opening:
     highest = max(folder, default=0)
     return plan.opening(
-        None, None, uidvalidity=7, highest=highest, newest=folder.get(highest, ""), threshold=threshold, traces=None
+        None,
+        None,
+        uidvalidity=7,
+        exists=len(folder),
+        highest=highest,
+        newest=folder.get(highest, ""),
+        threshold=threshold,
+        traces=None,
     )
 
 
@@ -98,7 +109,38 @@ def test_a_read_that_is_cut_off_anywhere_ends_the_same(
     pieces.read(folder, window=window, windows=1000)
     assert pieces.published == whole.published
     assert sorted(pieces.passed) == sorted(whole.passed)
-    assert replace(pieces.state, passed=0) == replace(whole.state, passed=0)
+    assert pieces.state == whole.state
+
+
+@given(folders, thresholds, st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3), st.booleans()), max_size=6))
+def test_what_is_left_out_is_counted_once(folder: dict[int, str], threshold: str, polls: list[tuple[int, int, bool]]) -> None:
+    """`passed` is the number of mails behind last_uid that this numbering's read did not publish: cut off anywhere, walked again."""
+    reading = Reading(opened(folder, threshold).state)
+    assume(threshold != NEVER)
+    for window, windows, renumber in polls:
+        reading.read(folder, window=window, windows=windows)
+        assert reading.state.passed == len(reading.passed) == len(set(reading.passed))
+        if renumber:
+            folder = {uid: folder[old] for uid, old in enumerate(sorted(folder), start=1)}
+            reading = Reading(renumbering(reading.state, folder).state)
+    reading.read(folder, window=2, windows=1000)
+    assert reading.state.passed == len(folder) - len(reading.published)
+
+
+def renumbering(state: State, folder: dict[int, str]) -> Opening:
+    """The folder has another UIDVALIDITY."""
+    highest = max(folder, default=0)
+    newest = folder.get(highest, "")
+    return plan.opening(
+        state,
+        None,
+        uidvalidity=state.uidvalidity + 1,
+        exists=len(folder),
+        highest=highest,
+        newest=newest,
+        threshold="",
+        traces=None,
+    )
 
 
 @given(folders, thresholds, st.lists(moments, max_size=10), st.integers(0, 3))
@@ -141,7 +183,7 @@ def test_a_walk_under_a_new_uidvalidity_misses_nothing_that_counted(
     counting = {moment for moment in folder.values() if moment >= reading.state.boundary}
     assume(threshold != NEVER)
     renumbered = {uid: folder[old] for uid, old in enumerate(sorted(folder), start=1)}
-    walk = plan.opening(reading.state, None, uidvalidity=8, highest=len(renumbered), newest="", threshold=threshold, traces=None)
+    walk = renumbering(reading.state, renumbered)
     assert walk.kind == "walk"
     again = Reading(walk.state)
     again.read(renumbered, window=window, windows=1000)
@@ -157,6 +199,7 @@ COMPLETE = replace(STATE, last_uid=60, horizon=0, first_complete=True)
 def begin(state: State | None, marker: Marker | None, **changes: object) -> Opening:
     facts: dict[str, object] = {
         "uidvalidity": 7,
+        "exists": 80,
         "highest": 90,
         "newest": "2026-02-01T00:00:00Z",
         "threshold": SINCE,
@@ -171,13 +214,13 @@ OPENINGS = [
     pytest.param(
         begin(STATE, None, uidvalidity=8),
         "walk",
-        State(8, 0, SINCE, 90, first_complete=False, passed=3),
+        State(8, 0, SINCE, 90, first_complete=False),
         id="UIDVALIDITY changed in the first read: walk, the boundary stays",
     ),
     pytest.param(
         begin(COMPLETE, None, uidvalidity=8),
         "walk",
-        State(8, 0, SINCE, 90, first_complete=True, passed=3),
+        State(8, 0, SINCE, 90, first_complete=True),
         id="UIDVALIDITY changed after it: walk",
     ),
     pytest.param(
@@ -189,7 +232,7 @@ OPENINGS = [
     pytest.param(
         begin(None, None, threshold=NEVER),
         "first",
-        State(7, 90, "2026-02-01T00:00:00Z", 0, first_complete=True, floor=90),
+        State(7, 90, "2026-02-01T00:00:00Z", 0, first_complete=True, passed=80, floor=90),
         id="new mail only: nothing to read, complete at once",
     ),
     pytest.param(
@@ -363,10 +406,11 @@ def test_the_oldest_open_day_is_of_this_mailbox_only(
     assert plan.oldest_open(fields, account, mailbox) == (min(mine).isoformat() if mine else "")
 
 
-@given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 5))
-def test_the_state_never_goes_back(last_uid: int, reached: int, passed: int) -> None:
-    """Neither in a batch nor at the end of a read."""
+@given(st.integers(0, 100), st.integers(0, 100), st.sets(st.integers(1, 100)).map(sorted))
+def test_the_state_never_goes_back(last_uid: int, reached: int, left_out: list[int]) -> None:
+    """Neither in a batch nor at the end of a read; what it moves past counts as passed, and nothing else."""
     state = replace(STATE, last_uid=last_uid)
-    assert plan.advanced(state, reached, passed=passed).last_uid == max(last_uid, reached)
-    assert plan.advanced(state, reached, passed=passed).passed == 3 + passed
-    assert plan.finished(state, reached) == replace(state, last_uid=max(last_uid, reached), horizon=0, first_complete=True)
+    passed = 3 + len([uid for uid in left_out if last_uid < uid <= reached])
+    moved = replace(state, last_uid=max(last_uid, reached), passed=passed)
+    assert plan.advanced(state, reached, left_out) == moved
+    assert plan.finished(state, reached, left_out) == replace(moved, horizon=0, first_complete=True)
