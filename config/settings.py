@@ -263,6 +263,26 @@ class WorkSettings(Section):
         return value
 
 
+class BreakerSettings(Section):
+    failures: int = Field(
+        5,
+        alias="BREAKER_FAILURES",
+        ge=1,
+        description="Failed calls within BREAKER_WINDOW, of an IMAP server, the token endpoint or what a handler names, "
+        "after which it is left alone for a while.",
+    )
+    rate: float = Field(
+        0.5, alias="BREAKER_RATE", gt=0, le=1, description="Part of the calls within BREAKER_WINDOW that must have failed too."
+    )
+    window: Positive = Field(60, alias="BREAKER_WINDOW", description="Seconds back that calls are counted.")
+    open_seconds: Positive = Field(
+        30,
+        alias="BREAKER_OPEN_SECONDS",
+        description="Longest wait in seconds before one call tries again; doubled each time that one fails too.",
+    )
+    open_cap: Positive = Field(300, alias="BREAKER_OPEN_CAP", description="Seconds at which that doubling ends.")
+
+
 class RunSettings(Section):
     data_dir: Path = Field(
         Path("data"), alias="DATA_DIR", description="What the daemons keep on disk: markers, raw mail, the embedded server."
@@ -308,6 +328,7 @@ class Settings:
     mail: MailSettings
     auth: AuthSettings
     work: WorkSettings
+    breakers: BreakerSettings
     run: RunSettings
 
 
@@ -317,6 +338,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "mail": MailSettings,
     "auth": AuthSettings,
     "work": WorkSettings,
+    "breakers": BreakerSettings,
     "run": RunSettings,
 }
 

@@ -30,6 +30,15 @@ class RetryLater(Transient):
         self.seconds = seconds
 
 
+class BreakerOpen(Transient):
+    """`name` failed again and again and is not asked for now. `seconds`: until it is asked again."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        super().__init__(f"{name} failed again and again: it is asked again in {seconds:.0f} s")
+        self.name = name
+        self.seconds = seconds
+
+
 class SkipEmail(IngestionError):
     """A handler raises it with the reason: there is nothing to do for this mail, it is done."""
 

@@ -81,7 +81,7 @@ def test_every_setting_says_what_it_means() -> None:
         assert field.description, alias
         assert field.description.endswith("."), alias
     units = re.compile(
-        r"[Ss]econd|[Mm]illisecond|[Bb]yte|[Dd]ay|Most|mail|results|letters|starts|attempts|work at once|Growth|[Pp]ort"
+        r"[Ss]econd|[Mm]illisecond|[Bb]yte|[Dd]ay|Most|mail|results|letters|starts|attempts|work at once|Growth|[Pp]ort|calls|[Pp]art of"
     )
     numbers = [alias for alias, field in ALIASES.items() if {int, float} & {field.annotation, *get_args(field.annotation)}]
     assert len(numbers) > 20
