@@ -68,11 +68,12 @@ def serve(
 ) -> Callable[[], None]:
     """Answer GET on `listener` from a thread of its own. Returns the function that ends it.
 
-    `pages`: path → what makes its answer, at once, for it is asked in the one thread of the endpoint. `hosts`: see `allowed_hosts`.
+    `pages`: path → what makes its answer, each time in a thread of a pool: one that hangs on a disk holds up no other. `hosts`: see
+    `allowed_hosts`.
     """
 
     def route(path: str, page: Callable[[], Page]) -> Route:
-        async def answer(request: Request) -> Response:
+        def answer(request: Request) -> Response:
             status, body = page()
             return JSONResponse(body, status_code=status)
 

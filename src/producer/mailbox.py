@@ -148,6 +148,7 @@ class Mailbox:
     def run(self) -> None:
         """Until the shutdown. What is transient is waited for; a dead token holds this mailbox only."""
         while not self.shutdown.requested:
+            self.pulse.turn()
             stamp = self.tokens.stamp()
             try:
                 state = self._own()
