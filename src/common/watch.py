@@ -84,6 +84,7 @@ class Watch:
         self._full = False
         self._next_beat = 0.0
         self._refused = ""  # why Redis does not take our heartbeat
+        self._evicts = ""  # what is wrong with its policy
         self._weighed = False
 
     def start(self, socket_timeout: float) -> None:
@@ -128,7 +129,7 @@ class Watch:
     def degraded(self) -> list[str]:
         """One sentence for each thing that is wrong with Redis."""
         refused = f"Redis refuses to be written to: {self._refused}" if self._refused and not self.away else ""
-        return [text for text in (f"Redis: {self.away}" if self.away else "", self.full, refused) if text]
+        return [text for text in (f"Redis: {self.away}" if self.away else "", self.full, self._evicts, refused) if text]
 
     def server(self) -> dict[str, object]:
         """For /status."""
@@ -177,11 +178,12 @@ class Watch:
         self._memory = memory
         if memory is None:
             return
-        fault = eviction_fault(memory)
-        if fault and not self._weighed and not self._limits.allow_eviction:  # Redis was away when the daemon began
+        fault = "" if self._limits.allow_eviction else eviction_fault(memory)
+        if fault and not self._evicts:
             log.error("%s", fault)
-            self._shutdown.request("the maxmemory-policy of Redis", exit_code=2)
-        self._weighed = True
+            if not self._weighed:  # Redis was away when the daemon began
+                self._shutdown.request("the maxmemory-policy of Redis", exit_code=2)
+        self._evicts, self._weighed = fault, True
         before, limits = self._full, self._limits
         self._full = is_full(before, memory.level, high=limits.high, low=limits.low)
         if self._full and not before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
@@ -44,6 +45,7 @@ def open_port(host: str, wanted: int | None, first: int) -> socket.socket:
     raise ConfigurationError(f"HTTP_PORT: no free port on {host} from {first} to {first + 99}")
 
 
+HOST = re.compile(r"(\[[^\]]*\]|[^\[\]:]*|[0-9a-f:]*)(?::\d*)?")  # of a Host header: name, address, [IPv6], and a port
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -57,10 +59,8 @@ def is_allowed(header: str, hosts: Collection[str]) -> bool:
 
     A request without one comes from no browser.
     """
-    name = header.strip().lower()
-    bracketed = name.startswith("[")
-    name = name[1:].partition("]")[0] if bracketed else name.rpartition(":")[0] if name.count(":") == 1 else name
-    return not header or "*" in hosts or name in hosts
+    named = HOST.fullmatch(header.strip().lower())
+    return not header or "*" in hosts or (named is not None and named[1].strip("[]") in hosts)
 
 
 def serve(
