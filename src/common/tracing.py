@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,9 @@ log = logging.getLogger(__name__)
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
+END_SECONDS = 2.0  # a collector that is away may hold up the end of a daemon for so long
+
+_provider: Any = None
 _tracer: Any = None
 
 
@@ -34,18 +38,21 @@ def configure(service: str) -> None:
         log.warning("no spans, although an exporter is configured: %s. Install: pip install -r requirements-handlers.txt", error)
         return
     name = os.environ.get("OTEL_SERVICE_NAME") or service
-    provider = sdk.TracerProvider(resource=resources.Resource.create({"service.name": name}))
+    provider = sdk.TracerProvider(resource=resources.Resource.create({"service.name": name}), shutdown_on_exit=False)
     for exporter in chosen:
         provider.add_span_processor(export.BatchSpanProcessor(exporter))
-    use(provider)
+    importlib.import_module("opentelemetry.trace").set_tracer_provider(provider)  # a handler's own spans go there too
+    global _provider, _tracer
+    _provider, _tracer = provider, provider.get_tracer("email-ingestion-twins")
     log.info("spans go to OpenTelemetry (%s) as %s", exporters, name)
 
 
-def use(provider: Any) -> None:
-    """Spans go to this TracerProvider, which becomes the one of the process."""
-    global _tracer
-    importlib.import_module("opentelemetry.trace").set_tracer_provider(provider)
-    _tracer = provider.get_tracer("email-ingestion-twins")
+def end() -> None:
+    """Hand on the last spans, as the last step of a daemon."""
+    if _provider is not None:
+        last = threading.Thread(target=_provider.shutdown, name="spans", daemon=True)
+        last.start()
+        last.join(END_SECONDS)
 
 
 def _exporter(name: str, export: Any) -> Any:

@@ -171,6 +171,7 @@ class Producer:
         shutdown.add_step(50, "side threads", self.stopped.set)
         shutdown.add_step(55, "registration", watch.stop)
         shutdown.add_step(60, "endpoint", stop_endpoint)
+        shutdown.add_step(70, "spans", tracing.end)
         while not shutdown.wait(run.stats_interval):
             self._report()
         began = self.clock.monotonic()
@@ -200,6 +201,7 @@ class Producer:
                 mailbox.states.let_go()
         self.stopped.set()
         self._report()
+        tracing.end()
         if len(refused) == len(self.mailboxes):
             raise NoUsableToken("; ".join(refused))
         if wrong:
