@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -12,6 +13,7 @@ from typing import Any
 from config.accounts import Account, load_accounts
 from config.settings import Settings, SettingsError, load_settings
 from src.common import logging_config
+from src.common.circuit_breaker import Breakers, rules_of
 from src.common.clock import SYSTEM
 from src.common.exceptions import ConfigurationError, Transient
 from src.common.shutdown import Shutdown
@@ -114,9 +116,10 @@ def run(settings: Settings, accounts: Sequence[Account], shutdown: Shutdown, giv
             return (
                 print_mailboxes(found, sys.stdout) if given.list_mailboxes else print_preview(settings, found, SYSTEM, sys.stdout)
             )
-        found = accesses(accounts, SYSTEM)
+        breakers = Breakers(rules_of(settings.breakers), SYSTEM.monotonic, random.random)
+        found = accesses(accounts, SYSTEM, breakers=breakers)
         with open_redis(settings, shutdown) as redis:
-            producer = Producer(settings, found, redis, shutdown, SYSTEM)
+            producer = Producer(settings, found, redis, shutdown, SYSTEM, breakers)
             if given.resync_from:
                 producer.ask_for(given.resync_from)
             producer.run_once() if given.once else producer.run()

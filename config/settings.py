@@ -50,12 +50,30 @@ class RedisSettings(Section):
         description="Whether the embedded server also listens on 127.0.0.1:6379 (no password: any local user can read it).",
     )
 
+    memory_high: float = Field(
+        0.85, alias="MEMORY_HIGH", gt=0, le=1, description="Part of Redis' maxmemory in use at which the producer pauses intake."
+    )
+    memory_low: float = Field(
+        0.75, alias="MEMORY_LOW", gt=0, le=1, description="Part of it below which intake goes on; no limit, no pause."
+    )
+    allow_eviction: bool = Field(
+        False,
+        alias="ALLOW_EVICTION",
+        description="Start although Redis' maxmemory-policy would throw unfinished mail away when it is full.",
+    )
+
     @field_validator("url")
     @classmethod
     def _scheme(cls, url: SecretStr | None) -> SecretStr | None:
         if url and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("must start with redis://, rediss:// or unix://")
         return url
+
+    @model_validator(mode="after")
+    def _low_below_high(self) -> RedisSettings:
+        if self.memory_low > self.memory_high:
+            raise ValueError(f"MEMORY_LOW={self.memory_low:g} must not be above MEMORY_HIGH={self.memory_high:g}")
+        return self
 
 
 class StreamSettings(Section):
@@ -349,6 +367,18 @@ class RunSettings(Section):
         le=65535,
         description="Its port. Unset: 8080 (producer), 8081 (worker) or the next free one; 0: any free one.",
     )
+
+    http_allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        alias="HTTP_ALLOWED_HOSTS",
+        description="Names under which the endpoint answers, beside 127.0.0.1, localhost, [::1] and HTTP_HOST; `*`: any. "
+        "A page of the web cannot read it under a name of its own.",
+    )
+
+    @field_validator("http_allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("raw_archive")
     @classmethod

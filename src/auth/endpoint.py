@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from google.auth.exceptions import GoogleAuthError, RefreshError, TransportError
 from google.auth.transport.requests import Request
 
-from src.common.exceptions import Permanent, TokenEndpointUnavailable
+from src.common.circuit_breaker import Breakers
+from src.common.exceptions import BreakerOpen, Permanent, TokenEndpointUnavailable
 
 # The verdicts of RFC 6749 section 5.2 that no repetition changes. Everything else may pass.
 PERMANENT = ("invalid_grant", "invalid_client", "unauthorized_client")
@@ -26,11 +28,22 @@ class Refused(Permanent):
         self.error = error
 
 
-def renew(credentials: Any, token_uri: str, timeout: float) -> tuple[str, datetime]:
+def renew(credentials: Any, token_uri: str, timeout: float, breakers: Breakers | None = None) -> tuple[str, datetime]:
     """(access token, its end, aware) for google-auth `credentials`, which hold the token afterwards too.
 
-    `timeout`: seconds a connect or a read may take. Raises Refused and TokenEndpointUnavailable.
+    `timeout`: seconds a connect or a read may take. `breakers`: of a daemon, whose accounts share the endpoint's; a verdict on one
+    of them is no failure of the endpoint. Raises Refused and TokenEndpointUnavailable.
     """
+    if breakers is None:
+        return _renewed(credentials, token_uri, timeout)
+    breaker = breakers.get(f"token endpoint {urlsplit(token_uri).netloc}")
+    try:
+        return breaker.call(lambda: _renewed(credentials, token_uri, timeout))
+    except BreakerOpen as error:
+        raise TokenEndpointUnavailable(str(error)) from error
+
+
+def _renewed(credentials: Any, token_uri: str, timeout: float) -> tuple[str, datetime]:
     try:
         with requests.Session() as session:
             credentials.refresh(_one_try(session, timeout))

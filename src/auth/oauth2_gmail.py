@@ -30,6 +30,7 @@ from config.accounts import Account, load_accounts
 from config.settings import MailSettings, SettingsError, load_settings
 from src.auth.endpoint import Refused, renew
 from src.auth.secret_file import read_secret
+from src.common.circuit_breaker import Breakers
 from src.common.clock import SYSTEM, Clock, iso
 from src.common.exceptions import ConfigurationError, IngestionError, ReauthRequired, TokenEndpointUnavailable
 
@@ -147,9 +148,9 @@ class TokenSource:
     """Access tokens of one account out of one token file; for any number of threads and processes.
 
     `instead`: the file that counts while there is no `path`. `timeout`: seconds a connect to or a read from the endpoint may
-    take. `refresh_ahead`: seconds before its end at which a token is replaced. `keep`: refreshed tokens are written back (a dry
-    run writes nothing, not even a lock file). Raises
-    ConfigurationError from any method when the file is missing, unusable or another account's.
+    take. `refresh_ahead`: seconds before its end at which a token is replaced. `breakers`: see `renew`. `keep`: refreshed tokens are
+    written back (a dry run writes nothing, not even a lock file). Raises ConfigurationError from any method but `stamp` and `facts`
+    when the file is missing, unusable or another account's.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class TokenSource:
         clock: Clock = SYSTEM,
         timeout: float = 20.0,
         refresh_ahead: float = 300.0,
+        breakers: Breakers | None = None,
         keep: bool = True,
     ) -> None:
         self._paths = (path, instead) if instead else (path,)
@@ -168,6 +170,7 @@ class TokenSource:
         self._clock = clock
         self._timeout = timeout
         self._refresh_ahead = timedelta(seconds=refresh_ahead)
+        self._breakers = breakers
         self._keep = keep
         self._unsaved: StoredToken | None = None
 
@@ -185,7 +188,7 @@ class TokenSource:
             if self._fresh(token, refuse):
                 return token.access_token
             try:
-                refreshed = _refresh(token, self._timeout, self._account, self._clock.wall())
+                refreshed = _refresh(token, self._timeout, self._account, self._clock.wall(), self._breakers)
             except TokenEndpointUnavailable as error:
                 if not self._valid(token, refuse, timedelta(0)):
                     raise
@@ -201,6 +204,21 @@ class TokenSource:
         except ConfigurationError as error:
             return str(error)
         return token.client_id, token.client_secret, token.refresh_token, token.obtained_at
+
+    def facts(self) -> dict[str, object]:
+        """What /status shows of the token: how old the consent is, when the access token ends."""
+        try:
+            token = self._read()
+        except ConfigurationError as error:
+            return {"method": "oauth2", "error": str(error)}
+        now = self._clock.wall()
+        age = _days_since(token.obtained_at, now)
+        return {
+            "method": "oauth2",
+            "consented": token.obtained_at,
+            "consented_days_ago": None if age is None else round(age, 2),
+            **(expiry_facts(token.expiry, now) if token.expiry and token.access_token else {}),
+        }
 
     @property
     def _path(self) -> Path:
@@ -244,7 +262,7 @@ class TokenSource:
             self._unsaved = None
 
 
-def _refresh(token: StoredToken, timeout: float, account: str, now: datetime) -> StoredToken:
+def _refresh(token: StoredToken, timeout: float, account: str, now: datetime, breakers: Breakers | None) -> StoredToken:
     """Ask the endpoint once. A 200 may carry a new refresh token, which then replaces the old one."""
     credentials: Any = Credentials(  # type: ignore[no-untyped-call]
         token=None,
@@ -254,7 +272,7 @@ def _refresh(token: StoredToken, timeout: float, account: str, now: datetime) ->
         client_secret=token.client_secret,
     )
     try:
-        access_token, expiry = renew(credentials, token.token_uri, timeout)
+        access_token, expiry = renew(credentials, token.token_uri, timeout, breakers)
     except Refused as error:
         account = account or token.account
         raise ReauthRequired(
@@ -277,6 +295,11 @@ def likely_cause(token: StoredToken, error: str, now: datetime) -> str:
     if age is not None and TESTING_DAYS <= round(age, 1) <= TESTING_DAYS + 1:
         return f"the app is in testing, where a consent ends after {TESTING_DAYS} days: publish it, then consent once more"
     return "the account has a new password, or its owner or an administrator took the access back"
+
+
+def expiry_facts(until: datetime, now: datetime) -> dict[str, object]:
+    """When an access token ends, for /status."""
+    return {"expires": iso(until), "expires_in_seconds": round((until - now).total_seconds())}
 
 
 def _expiry(token: StoredToken) -> datetime:

@@ -41,6 +41,9 @@ class PasswordSource:
         """Changes when a person has put another password into its place."""
         return stamp_of(self._path) if self._path else None
 
+    def facts(self) -> dict[str, object]:
+        return {"method": "password"}
+
     @property
     def _place(self) -> str:
         return f"in {self._path}" if self._path else "IMAP_PASSWORD, then start the producer again"

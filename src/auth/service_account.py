@@ -18,8 +18,9 @@ from google.auth.exceptions import GoogleAuthError
 from google.oauth2.service_account import Credentials
 
 from src.auth.endpoint import Refused, renew
-from src.auth.oauth2_gmail import SCOPE
+from src.auth.oauth2_gmail import SCOPE, expiry_facts
 from src.auth.secret_file import read_secret, stamp_of
+from src.common.circuit_breaker import Breakers
 from src.common.clock import Clock
 from src.common.exceptions import ConfigurationError, ReauthRequired, TokenEndpointUnavailable
 
@@ -43,15 +44,25 @@ class ServiceAccountSource:
     """Access tokens of one account by the key in `path`, for any number of threads.
 
     `timeout`: seconds a connect to or a read from the endpoint may take. `refresh_ahead`: seconds before its end at which a
-    token is replaced. A new key file is noticed at the next token.
+    token is replaced. `breakers`: see `renew`. A new key file is noticed at the next token.
     """
 
-    def __init__(self, path: Path, account: str, *, clock: Clock, timeout: float = 20.0, refresh_ahead: float = 300.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        account: str,
+        *,
+        clock: Clock,
+        timeout: float = 20.0,
+        refresh_ahead: float = 300.0,
+        breakers: Breakers | None = None,
+    ) -> None:
         self._path = path
         self._account = account
         self._clock = clock
         self._timeout = timeout
         self._refresh_ahead = timedelta(seconds=refresh_ahead)
+        self._breakers = breakers
         self._lock = threading.Lock()
         self._token = ""
         self._until = datetime.min.replace(tzinfo=UTC)
@@ -82,13 +93,18 @@ class ServiceAccountSource:
         fields = ("client_email", "client_id", "project_id", "private_key_id", "token_uri")
         return KeyInfo(*(str(key.get(name) or "(not in the key file)") for name in fields))
 
+    def facts(self) -> dict[str, object]:
+        """What /status shows of the token: when it ends, if there is one."""
+        token, until = self._token, self._until
+        return {"method": "service_account", **(expiry_facts(until, self._clock.wall()) if token else {})}
+
     def _usable(self, refuse: str | None, ahead: timedelta) -> bool:
         return self._token not in ("", refuse) and self._clock.wall() + ahead < self._until
 
     def _ask(self) -> tuple[str, datetime]:
         key, credentials = self._signer()
         try:
-            return renew(credentials, str(key["token_uri"]), self._timeout)
+            return renew(credentials, str(key["token_uri"]), self._timeout, self._breakers)
         except Refused as error:
             who = key.get("client_email", "the service account")
             raise ReauthRequired(

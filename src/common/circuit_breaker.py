@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from config.settings import BreakerSettings
 from src.common.exceptions import BreakerOpen, Permanent, SkipEmail
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,10 @@ class Rules:
     open_seconds: float = 30.0
     open_cap: float = 300.0
     probe_seconds: float = 60.0
+
+
+def rules_of(breakers: BreakerSettings) -> Rules:
+    return Rules(breakers.failures, breakers.rate, breakers.window, breakers.open_seconds, breakers.open_cap)
 
 
 def says_it_failed(error: Exception) -> bool:

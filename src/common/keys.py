@@ -83,6 +83,11 @@ class Keys:
         """Hash `<account>|<mailbox>|<YYYYMMDD>` → how many unfinished or dead mails have that INTERNALDATE day."""
         return f"{self.stream}:open"
 
+    @cached_property
+    def daemons(self) -> str:
+        """Hash name → `<ms of the last heartbeat>|<JSON>`: the daemons at work (`src.common.registry`)."""
+        return f"{self.stream}:daemons"
+
     def processed(self, account: str, internal_date: str) -> str:
         """Set of the members (see `src.mail.record.member_of`) of finished mail: one per account and INTERNALDATE day.
 

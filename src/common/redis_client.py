@@ -6,7 +6,7 @@ Who calls decides whether to repeat it (`src.common.retry`), and every transitio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -14,7 +14,17 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from src.common.exceptions import ConfigurationError, GroupMissing, IngestionError, RedisFull, RedisUnavailable, ScriptRefused
+from src.common.circuit_breaker import CircuitBreaker
+from src.common.exceptions import (
+    BreakerOpen,
+    ConfigurationError,
+    GroupMissing,
+    IngestionError,
+    RedisFull,
+    RedisUnavailable,
+    ScriptRefused,
+)
+from src.common.health import Memory
 from src.common.scripts import load
 
 Arg = str | bytes | int | float
@@ -34,6 +44,9 @@ NO_ROOM = ("OOM", "MISCONF")
 NOT_ALLOWED = ("NOAUTH", "WRONGPASS", "NOPERM")
 
 
+REDIS_OPEN_SECONDS = 1.0  # longest time that a breaker leaves Redis alone: everything waits for it, and asking costs one packet
+
+
 class Transport(Protocol):
     """What is needed of a `redis.Redis`: tests hand in one that fails on demand."""
 
@@ -47,10 +60,14 @@ class RedisClient:
 
     Every method may raise RedisUnavailable (repeat later), RedisFull (OOM or MISCONF: someone must make room), GroupMissing
     (NOGROUP), ScriptRefused (the data cannot be taken as they are), ConfigurationError (password or ACL).
+
+    `breaker`: set by a daemon, so that of all its threads one asks a server that is away, and the others are told so at once,
+    by RedisUnavailable; who repeats calls does not notice.
     """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+        self.breaker: CircuitBreaker | None = None
 
     @classmethod
     def connect(cls, url: str, *, max_connections: int, socket_timeout: float) -> RedisClient:
@@ -89,20 +106,28 @@ class RedisClient:
 
     def call(self, *command: Arg) -> Any:
         """One command, its RESP2 reply with text decoded as UTF-8 (what is not UTF-8 becomes U+FFFD)."""
-        try:
-            return self._transport.execute_command(*command)
-        except (redis.RedisError, OSError, UnicodeEncodeError) as error:
-            raise translated(error) from error
+        return self._guarded(lambda: self._transport.execute_command(*command))
 
     def run(self, name: str, keys: Sequence[str], args: Sequence[Arg]) -> Any:
         """The transition `lua/<name>.lua` in one round trip (EVALSHA; a server that does not know it yet gets it by EVAL)."""
         script = load(name)
+
+        def send() -> Any:
+            try:
+                return self._transport.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
+            except redis.exceptions.NoScriptError:
+                return self._transport.execute_command("EVAL", script.source, len(keys), *keys, *args)
+
+        return self._guarded(send)
+
+    def _guarded(self, send: Callable[[], Any]) -> Any:
+        """`send()`, its errors as ours, and what became of it told to the breaker."""
+        if self.breaker is None:
+            return _translated(send)
         try:
-            return self._transport.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
-        except redis.exceptions.NoScriptError:
-            return self.call("EVAL", script.source, len(keys), *keys, *args)
-        except (redis.RedisError, OSError, UnicodeEncodeError) as error:
-            raise translated(error) from error
+            return self.breaker.call(lambda: _translated(send))
+        except BreakerOpen as error:
+            raise RedisUnavailable(str(error)) from error
 
     def ping(self) -> None:
         self.call("PING")
@@ -147,6 +172,34 @@ class RedisClient:
             return bool(pairs(self.call("CONFIG", "GET", "save")).get("save"))
         except (ConfigurationError, ScriptRefused):
             return None
+
+    def memory(self) -> Memory | None:
+        """How full the server is and what it does at its limit; None where it may not be asked."""
+        try:
+            info = self.info("memory")
+        except (ConfigurationError, ScriptRefused):
+            return None
+        return Memory(int(info.get("used_memory", 0)), int(info.get("maxmemory", 0)), info.get("maxmemory_policy", ""))
+
+    def version(self) -> str:
+        """`Redis 7.0.15`, `Valkey 9.1.2`; "" where it may not be asked."""
+        try:
+            info = self.info("server")
+        except (ConfigurationError, ScriptRefused):
+            return ""
+        return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info.get('redis_version', '')}"
+
+
+def is_away(error: Exception) -> bool:
+    """What the breaker of Redis counts: a server that is full or refuses us does answer."""
+    return isinstance(error, RedisUnavailable)
+
+
+def _translated(send: Callable[[], Any]) -> Any:
+    try:
+        return send()
+    except (redis.RedisError, OSError, UnicodeEncodeError) as error:
+        raise translated(error) from error
 
 
 def pairs(reply: Sequence[str] | Mapping[str, str]) -> Fields:

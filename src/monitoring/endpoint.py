@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from src.common.exceptions import ConfigurationError
+from src.common.health import Page
 from src.common.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
@@ -41,29 +45,81 @@ def open_port(host: str, wanted: int | None, first: int) -> socket.socket:
     raise ConfigurationError(f"HTTP_PORT: no free port on {host} from {first} to {first + 99}")
 
 
-def serve(listener: socket.socket, health: Callable[[], tuple[int, dict[str, object]]], shutdown: Shutdown) -> Callable[[], None]:
-    """Answer GET /health on `listener` from a thread of its own. Returns the function that ends it."""
+HOST = re.compile(r"(\[[^\]]*\]|[^\[\]:]*|[0-9a-f:]*)(?::\d*)?")  # of a Host header: name, address, [IPv6], and a port
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-    async def get_health(request: Request) -> Response:
-        status, body = health()
-        return JSONResponse(body, status_code=status)
+
+def allowed_hosts(http_host: str, named: Collection[str]) -> frozenset[str]:
+    """The names under which the endpoint answers; `*` among them: any."""
+    return frozenset(name.lower().strip("[]") for name in (*LOOPBACK, http_host, *named))
+
+
+def is_allowed(header: str, hosts: Collection[str]) -> bool:
+    """Whether a request with this Host header is answered. A page of the web that points a name of its own at this machine is not.
+
+    A request without one comes from no browser.
+    """
+    named = HOST.fullmatch(header.strip().lower())
+    return not header or "*" in hosts or (named is not None and named[1].strip("[]") in hosts)
+
+
+def serve(
+    listener: socket.socket, pages: Mapping[str, Callable[[], Page]], hosts: Collection[str], shutdown: Shutdown
+) -> Callable[[], None]:
+    """Answer GET on `listener` from a thread of its own. Returns the function that ends it.
+
+    `pages`: path → what makes its answer, each time in a thread of a pool: one that hangs on a disk holds up no other. `hosts`: see
+    `allowed_hosts`.
+    """
+
+    def route(path: str, page: Callable[[], Page]) -> Route:
+        def answer(request: Request) -> Response:
+            status, body = page()
+            return JSONResponse(body, status_code=status)
+
+        return Route(path, answer)
 
     async def unknown(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": f"no such page: {request.url.path}"}, status_code=404)
+        return JSONResponse({"error": f"no such page: {request.url.path}", "pages": sorted(pages)}, status_code=404)
 
-    app = Starlette(routes=[Route("/health", get_health)], exception_handlers={404: unknown})
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1))
+    async def not_get(request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": f"{request.method} is not answered here"}, status_code=405, headers={"Allow": "GET, HEAD"})
+
+    class Guarded:
+        """Refuses what was sent to a name that is not ours."""
+
+        def __init__(self, app: ASGIApp) -> None:
+            self._app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            app = self._app
+            if scope["type"] == "http" and not is_allowed(Request(scope).headers.get("host", ""), hosts):
+                app = JSONResponse({"error": "this host name is not allowed: name it in HTTP_ALLOWED_HOSTS"}, status_code=400)
+            await app(scope, receive, send)
+
+    app = Starlette(
+        routes=[route(path, page) for path, page in pages.items()],
+        middleware=[Middleware(Guarded)],
+        exception_handlers={404: unknown, 405: not_get},
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False, timeout_graceful_shutdown=1)
+    )
 
     def run() -> None:
         with closing(listener):
             server.run(sockets=[listener])
 
     thread = shutdown.guard("endpoint", run)
-    host, port = listener.getsockname()[:2]
-    log.info("health: http://%s:%d/health", host, port)
+    log.info("health: %s/health", address_of(listener))
 
     def stop() -> None:
         server.should_exit = True
         thread.join(timeout=3)
 
     return stop
+
+
+def address_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

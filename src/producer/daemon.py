@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
+import socket
 import threading
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from typing import Literal
 
 from config.accounts import Account
 from config.settings import MailSettings, Settings
+from src import VERSION
 from src.auth.credentials import Credentials, credentials_of
 from src.auth.oauth2_gmail import first_existing, read_token, token_files
+from src.common import tracing
 from src.common.archive import open_archive, references
-from src.common.clock import Clock
+from src.common.circuit_breaker import Breakers
+from src.common.clock import Clock, iso
 from src.common.exceptions import ConfigurationError, MailboxMissing, ReauthRequired, TokenEndpointUnavailable, Transient
-from src.common.health import Beats, liveness
+from src.common.health import Beats, Page, intake_reasons, liveness, readiness
 from src.common.keys import Keys
-from src.common.redis_client import RedisClient
+from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
+from src.common.registry import Registration
 from src.common.shutdown import Shutdown
+from src.common.watch import Limits, Watch, check_policy
 from src.imap.imap_client import ImapEndpoint, ImapMailbox
 from src.monitoring import endpoint
-from src.producer.mailbox import Mailbox
+from src.producer.mailbox import Mailbox, is_down
 from src.producer.state_manager import Held, MarkerFile, StateManager
 
 log = logging.getLogger(__name__)
 
 FIRST_PORT = 8080
 SWEEP_SECONDS = 6 * 3600.0
+WELL = ("STARTING", "CONNECTED", "STANDBY", "STOPPED")
 GMAIL_HOSTS = ("imap.gmail.com", "imap.googlemail.com")
 
 
@@ -47,8 +55,8 @@ class Access:
     credentials: Credentials
 
 
-def accesses(accounts: Sequence[Account], clock: Clock, *, keep: bool = True) -> list[Access]:
-    """How each account logs in. `keep`: refreshed tokens are written back (a dry run writes nothing).
+def accesses(accounts: Sequence[Account], clock: Clock, *, breakers: Breakers | None = None, keep: bool = True) -> list[Access]:
+    """How each account logs in. `breakers`: of a daemon. `keep`: refreshed tokens are written back (a dry run writes nothing).
 
     Raises NoUsableToken if not one account has something to log in with.
     """
@@ -56,7 +64,7 @@ def accesses(accounts: Sequence[Account], clock: Clock, *, keep: bool = True) ->
         named = [account if account.username else _of_token_file(account) for account in accounts]
     except ConfigurationError as error:
         raise NoUsableToken(str(error)) from None
-    found = [Access(account, credentials_of(account, clock, keep=keep)) for account in named]
+    found = [Access(account, credentials_of(account, clock, breakers=breakers, keep=keep)) for account in named]
     problems = []
     for access in found:
         try:
@@ -81,10 +89,16 @@ def imap_endpoint(mail: MailSettings) -> ImapEndpoint:
 
 
 class Producer:
-    """`accesses`: see above. Once it runs each mailbox keeps its troubles to itself."""
+    """`accesses`: see above. `breakers`: of the whole process. Once it runs each mailbox keeps its troubles to itself."""
 
     def __init__(
-        self, settings: Settings, accesses: Sequence[Access], redis: RedisClient, shutdown: Shutdown, clock: Clock
+        self,
+        settings: Settings,
+        accesses: Sequence[Access],
+        redis: RedisClient,
+        shutdown: Shutdown,
+        clock: Clock,
+        breakers: Breakers,
     ) -> None:
         self.settings = settings
         self.shutdown = shutdown
@@ -92,8 +106,12 @@ class Producer:
         self.beats = Beats(clock)
         self.stopped = threading.Event()
         self._asked_for = ""
+        self.breakers = breakers
         self.redis = redis
+        redis.breaker = breakers.get("Redis", counts=is_away, open_cap=REDIS_OPEN_SECONDS)
         self.keys = keys = Keys(settings.stream.name)
+        self.watch: Watch | None = None  # under --once nobody asks
+        self.began = clock.monotonic()
         place = settings.run.raw_archive
         self.archive = open_archive(place.get_secret_value() if place else None, settings.run.data_dir)
 
@@ -112,7 +130,9 @@ class Producer:
                 new_id=lambda: secrets.token_hex(8),
                 shutdown=shutdown,
                 beats=self.beats,
+                breaker=breakers.get(f"IMAP {server.host}:{server.port}", counts=is_down),
                 archive=self.archive,
+                gate=lambda: self.watch.full if self.watch else "",
             )
 
         self.mailboxes = [mailbox(access, name) for access in accesses for name in access.account.mail.mailboxes]
@@ -133,8 +153,15 @@ class Producer:
     def run(self) -> None:
         """Read until the shutdown is requested, then end in order."""
         shutdown, run = self.shutdown, self.settings.run
+        check_policy(self.redis, allow_eviction=self.settings.redis.allow_eviction)
+        tracing.configure("email-producer")
         listener = endpoint.open_port(run.http_host, run.http_port, FIRST_PORT)
-        stop_endpoint = endpoint.serve(listener, lambda: liveness(self.beats.seen(), self.clock.monotonic()), shutdown)
+        me = self._registration(endpoint.address_of(listener))
+        self.watch = watch = self._watch(me)
+        pages = {"/health": self.health, "/ready": self.ready, "/status": lambda: self.status(me)}
+        hosts = endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts)
+        stop_endpoint = endpoint.serve(listener, pages, hosts, shutdown)
+        watch.start(self.settings.redis.socket_timeout)
         readers = [shutdown.guard(mailbox.title, mailbox.run) for mailbox in self.mailboxes]
         shutdown.guard("leases", self._keep_leases)
         shutdown.guard("sweep", self._sweep)
@@ -142,7 +169,9 @@ class Producer:
 
         shutdown.add_step(10, "mailboxes", lambda: self._join(readers))
         shutdown.add_step(50, "side threads", self.stopped.set)
+        shutdown.add_step(55, "registration", watch.stop)
         shutdown.add_step(60, "endpoint", stop_endpoint)
+        shutdown.add_step(70, "spans", tracing.end)
         while not shutdown.wait(run.stats_interval):
             self._report()
         began = self.clock.monotonic()
@@ -156,6 +185,8 @@ class Producer:
 
         Raises NoUsableToken if none could be read for want of a token, ConfigurationError for those that something else is wrong with.
         """
+        check_policy(self.redis, allow_eviction=self.settings.redis.allow_eviction)
+        tracing.configure("email-producer")
         self.shutdown.guard("leases", self._keep_leases)
         refused: list[str] = []
         wrong: list[str] = []
@@ -170,6 +201,7 @@ class Producer:
                 mailbox.states.let_go()
         self.stopped.set()
         self._report()
+        tracing.end()
         if len(refused) == len(self.mailboxes):
             raise NoUsableToken("; ".join(refused))
         if wrong:
@@ -180,6 +212,49 @@ class Producer:
         if held:
             log.info("%s: another producer reads it, and looks again at all mail since %s", mailbox.title, self._asked_for)
         return held
+
+    def _registration(self, address: str) -> Registration:
+        host, pid = socket.gethostname(), os.getpid()
+        name = f"{host}-{pid}-{secrets.token_hex(3)}"
+        return Registration("producer", name, address, VERSION, host, pid, iso(self.clock.wall()))
+
+    def _watch(self, me: Registration) -> Watch:
+        redis = self.settings.redis
+        limits = Limits(redis.memory_high, redis.memory_low, redis.allow_eviction)
+        return Watch(self.redis, self.keys, me, limits, self.beats, self.shutdown, self.clock)
+
+    # what its endpoint says
+
+    def health(self) -> Page:
+        return liveness(self.beats.seen(), self.clock.monotonic(), self._degraded())
+
+    def ready(self) -> Page:
+        redis = self.watch.away if self.watch else "not asked yet"
+        return readiness(intake_reasons(redis, {mailbox.title: mailbox.state() for mailbox in self.mailboxes}))
+
+    def status(self, me: Registration) -> Page:
+        health, ready = self.health()[1], self.ready()[1]
+        return 200, {
+            **asdict(me),
+            "uptime_seconds": round(self.clock.monotonic() - self.began, 1),
+            "health": health["status"],
+            "ready": ready["ready"],
+            "why": self._degraded(),
+            "mailboxes": [mailbox.facts() for mailbox in self.mailboxes],
+            "breakers": self.breakers.snapshot(),
+            "redis": self.watch.server() if self.watch else {},
+        }
+
+    def _degraded(self) -> list[str]:
+        """One sentence for each thing that does not go as it should, though a restart would not help."""
+        found = self.watch.degraded if self.watch else []
+        for mailbox in self.mailboxes:
+            state, why = mailbox.state()
+            if state not in WELL and not (self.watch and why == self.watch.full):
+                found.append(f"{mailbox.title}: {state}{f': {why}' if why else ''}")
+        return found
+
+    # side threads
 
     def _keep_leases(self) -> None:
         """Renew the leases of all mailboxes, however long their fetches take; let go of a thread that stands still."""
@@ -221,6 +296,5 @@ class Producer:
 
     def _report(self) -> None:
         for mailbox in self.mailboxes:
-            reader = mailbox.reader
-            status = "PAUSED" if reader.paused else mailbox.status
+            reader, (status, _) = mailbox.reader, mailbox.state()
             log.info("%s: %s, %d published, %d known already", mailbox.title, status, reader.published, reader.known)

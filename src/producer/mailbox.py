@@ -6,12 +6,15 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Protocol
 
 from config.settings import Settings
 from src.common.archive import Archive
-from src.common.clock import Clock
+from src.common.circuit_breaker import CircuitBreaker
+from src.common.clock import Clock, iso
 from src.common.exceptions import (
+    BreakerOpen,
     ConfigurationError,
     ImapIncomplete,
     ImapThrottled,
@@ -21,6 +24,7 @@ from src.common.exceptions import (
     MailboxMissing,
     ReauthRequired,
     ScriptRefused,
+    TokenEndpointUnavailable,
     Transient,
 )
 from src.common.health import Beats
@@ -51,12 +55,20 @@ class Tokens(Protocol):
 
     def stamp(self) -> object: ...
 
+    def facts(self) -> dict[str, object]: ...
+
+
+def is_down(error: Exception) -> bool:
+    """What the breaker of an IMAP server counts: it could not be reached or did not speak IMAP. A refused login, a missing folder, a
+    request for a pause and the end of a session's time are answers."""
+    return isinstance(error, ImapUnavailable) and not session_over(str(error))
+
 
 @dataclass
 class Mailbox:
-    """`connect`: access token or password → a session, not yet entered. `new_id`: a fresh random id. `status` and `why`: what
-    /status says of it. `owns`: we hold its lease, as far as we know: it is to be renewed. `broken`: sessions that broke off
-    soon, one after the other."""
+    """`connect`: access token or password → a session, not yet entered. `new_id`: a fresh random id. `breaker`: of the IMAP server,
+    shared by the mailboxes on it. `gate`: why nothing may be taken in now, "" if it may. `status` and `why`: see `state`. `owns`: we
+    hold its lease, as far as we know: it is to be renewed. `broken`: sessions that broke off soon, one after the other."""
 
     settings: Settings
     account: str
@@ -69,7 +81,9 @@ class Mailbox:
     new_id: Callable[[], str]
     shutdown: Shutdown
     beats: Beats
+    breaker: CircuitBreaker
     archive: Archive | None = None
+    gate: Callable[[], str] = lambda: ""
     status: str = "STARTING"
     why: str = ""
     owns: bool = False
@@ -90,13 +104,51 @@ class Mailbox:
             self.pulse,
             Progress(self.title, self.clock),
             self.archive,
+            self.gate,
         )
+
+    # what /status says of it
+
+    def state(self) -> tuple[str, str]:
+        """(state, why): STARTING; CONNECTED; PAUSED (nothing may be taken in); BACKFILL_PAUSED (old mail waits, new mail does not);
+        REREADING; STANDBY; DISCONNECTED; OVERQUOTA, THROTTLED, CONNECTIONS (a rest that the server asked for); REAUTH_REQUIRED;
+        MISCONFIGURED; STOPPED."""
+        reader, full = self.reader, self.gate()
+        if self.status == "STANDBY":
+            return "STANDBY", "another producer reads it"
+        if self.status != "CONNECTED":
+            return self.status, self.why
+        if full:
+            return "PAUSED", full
+        if reader.paused:
+            return "BACKFILL_PAUSED" if reader.only_old else "PAUSED", reader.paused
+        return ("REREADING", "Redis had forgotten this mailbox") if reader.rereading else ("CONNECTED", "")
+
+    def facts(self) -> dict[str, object]:
+        """The mailbox as /status shows it. Nothing is asked of anybody."""
+        (state, why), reader = self.state(), self.reader
+        silent = None if reader.contact is None else self.clock.monotonic() - reader.contact
+        return {
+            "account": self.account,
+            "mailbox": self.name,
+            "state": state,
+            "why": why,
+            "last_contact": "" if silent is None else iso(self.clock.wall() - timedelta(seconds=silent)),
+            "seconds_since_contact": None if silent is None else round(silent, 1),
+            "last_uid": reader.last_uid,
+            "lag": reader.waiting,
+            "published": reader.published,
+            "known_already": reader.known,
+            "account_bytes_today": reader.bytes_today,
+            "token": self.tokens.facts(),
+        }
 
     # own it
 
     def run(self) -> None:
         """Until the shutdown. What is transient is waited for; a dead token holds this mailbox only."""
         while not self.shutdown.requested:
+            self.pulse.turn()
             stamp = self.tokens.stamp()
             try:
                 state = self._own()
@@ -111,6 +163,8 @@ class Mailbox:
                 self.pulse.pause(self.settings.mail.incomplete_wait)
             except ImapThrottled as error:
                 self._rest(error)
+            except BreakerOpen as error:
+                self._wait_for_reopening(error)
             except ImapUnavailable as error:
                 self._broke_off(error)
             except (Transient, ScriptRefused) as error:
@@ -132,6 +186,8 @@ class Mailbox:
                 self.pulse.pause(self.settings.mail.incomplete_wait)
             except ImapThrottled as error:
                 self._rest(error)
+            except BreakerOpen as error:
+                self._wait_for_reopening(error)
             except ImapUnavailable as error:
                 self._broke_off(error)
         return None
@@ -183,9 +239,19 @@ class Mailbox:
         if self.clock.monotonic() - self.entered > SHORT_SECONDS:
             self.broken = 0
         normal = session_over(str(error)) and not self.broken
+        if not normal:
+            self._disconnected(error)
         log.log(logging.DEBUG if normal else logging.INFO, "%s: %s; connecting again", self.title, error)
         self.pulse.pause(min(0.5 * 2**self.broken, BACKOFF_CAP))
         self.broken = min(self.broken + 1, 16)
+
+    def _wait_for_reopening(self, error: BreakerOpen) -> None:
+        """The server fails for every mailbox on it: all wait, one of them tries, and when that one gets in the others follow."""
+        self._disconnected(error)
+        self.pulse.pause(error.seconds)
+
+    def _disconnected(self, error: Exception) -> None:
+        self.status, self.why = "DISCONNECTED", str(error)
 
     def _rest(self, error: ImapThrottled) -> None:
         mail = self.settings.mail
@@ -202,6 +268,8 @@ class Mailbox:
         with self._open() as session:
             self.pulse.turn()
             self.entered = self.clock.monotonic()
+            self.status = "CONNECTED"
+            self.reader.answered()
             state = self.reader.begin(session, state)
             self.reader.settle_absent(session)
             ends = self.clock.monotonic() + SESSION_SECONDS
@@ -215,11 +283,12 @@ class Mailbox:
                     return
                 self.pulse.turn(self.settings.mail.poll_interval)
                 session.wait(self.settings.mail.poll_interval, lambda: self.shutdown.requested or bool(self.reader.resync))
+                self.reader.answered()
 
     def _well(self) -> None:
         if self.why:
             log.info("%s: it is read again", self.title)
-        self.status, self.why, self.broken = "CONNECTED", "", 0
+        self.why, self.broken = "", 0
 
     def _open(self) -> AbstractContextManager[Session]:
         """A session that is logged in. A refused login forces one refresh of the token; a password has none."""
@@ -242,13 +311,20 @@ class Mailbox:
             ) from error
 
     def _entered(self, secret: str) -> AbstractContextManager[Session]:
-        """Connects within the retry, so that leaving the `with` of the caller is all that is left to do."""
+        """Connects within the retry, so that leaving the `with` of the caller is all that is left to do.
+
+        Raises BreakerOpen while the server is left alone: that ends the retry, for whoever may try next decides for all.
+        """
 
         @retry_on_imap_error(self.shutdown)
         def enter() -> _Entered:
             self.pulse.turn()
             manager = self.connect(secret)
-            return _Entered(manager, manager.__enter__())
+            try:
+                return _Entered(manager, self.breaker.call(manager.__enter__))
+            except ImapUnavailable as error:
+                self._disconnected(error)
+                raise
 
         return enter()
 
@@ -256,7 +332,11 @@ class Mailbox:
         @retry_on_oauth_error(self.shutdown)
         def ask() -> str:
             self.pulse.turn()
-            return self.tokens.access_token(refuse=refuse)
+            try:
+                return self.tokens.access_token(refuse=refuse)
+            except TokenEndpointUnavailable as error:
+                self._disconnected(error)
+                raise
 
         return ask()
 

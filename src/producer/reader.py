@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from functools import partial
 from typing import Literal, Protocol
 
 from config.settings import Settings
+from src.common import tracing
 from src.common.archive import Archive
 from src.common.batch import split
 from src.common.clock import Clock, iso
-from src.common.correlation import correlated
+from src.common.correlation import correlated, traceparent_of
 from src.common.exceptions import ArchiveUnavailable, ImapIncomplete
 from src.imap.imap_client import Folder, Meta
 from src.mail.parse import parse, stub
@@ -35,6 +37,7 @@ LATE, LATE_SPAN = 1_000, 5_000  # how many mails are looked at again, within how
 AHEAD_SECONDS = 5.0  # between two looks for new mail while old mail is read
 ARCHIVE_SECONDS = 5.0  # between two tries of an archive that is full or away
 FULL_SECONDS = 3600.0  # a batch that waits longer is read anew: its raw mail must not be swept meanwhile
+GATE_SECONDS = 1.0  # between two looks whether intake goes on
 MARKER_SECONDS = 10.0  # how far the marker may lag behind where nothing is at stake
 
 
@@ -63,7 +66,9 @@ class NotOurs(Exception):
 class Reader:
     """Reads one mailbox through whatever session it is given. `new_id`: a fresh random id.
 
-    `paused`: intake waits for room or for tomorrow. `resync`: ISO date from which to look again, "" for none.
+    `gate`: why nothing may be taken in now, "" if it may. `paused`: why intake waits, "" if it does not; `only_old`: new mail does not
+    wait. `resync`: ISO date from which to look again, "" for none. For /status: `last_uid`, `waiting` (mails listed without a fate
+    yet), `contact` (when the server last answered, monotonic), `rereading` (Redis had forgotten the mailbox).
     Methods raise what RedisClient and the session raise, and NotOurs.
     """
 
@@ -77,7 +82,13 @@ class Reader:
     pulse: Pulse
     progress: Progress
     archive: Archive | None = None
-    paused: bool = False
+    gate: Callable[[], str] = lambda: ""
+    paused: str = ""
+    only_old: bool = False
+    last_uid: int = 0
+    waiting: int = 0
+    contact: float | None = None
+    rereading: bool = False
     published: int = 0
     known: int = 0
     resync: str = ""
@@ -133,6 +144,7 @@ class Reader:
         if opened.kind == "first":
             self._newest = newest
         self._ahead = 0
+        self.rereading = opened.kind == "lost"
         self.remember(opened.state, force=True)
         self._publish([], state, opened.state)
         return opened.state
@@ -170,16 +182,20 @@ class Reader:
     def poll(self, session: Session, state: State) -> State:
         """Bring everything above `last_uid` to its fate."""
         self.pulse.turn()
+        self.paused = ""
         by_date = state.last_uid < state.horizon
         listed = session.uids_from(state.last_uid + 1)
         day = plan.search_day(state)
         dated = set(session.uids_since(day, state.last_uid + 1)) if day else None
         uids = plan.candidates(state, listed, dated)
+        self.answered()
+        self.last_uid, self.waiting = state.last_uid, len(uids)
         start, looked_at = state, set(uids)
         left_out = [uid for uid in listed if uid not in looked_at]
         self.progress.start(len(uids))
         for window in self._windows(uids):
             state = self._read_window(session, state, window, plan.counts, left_out)
+            self.last_uid, self.waiting = state.last_uid, self.waiting - len(window)
             self.progress.advance(len(window))
             if self.pulse.shutdown.requested:
                 return state
@@ -191,7 +207,12 @@ class Reader:
         if by_date:
             log.info("%s: the read by date is complete, %d mails were left out", self.pulse.title, done.passed)
         self.remember(done, force=by_date)
+        self.last_uid, self.rereading = done.last_uid, False
         return done
+
+    def answered(self) -> None:
+        """The server has just answered."""
+        self.contact = self.clock.monotonic()
 
     def _look_ahead(self, session: Session, state: State) -> None:
         """While old mail is read, from time to time also what came since: into the stream at once, `last_uid` follows later."""
@@ -256,6 +277,7 @@ class Reader:
         """
         self.pulse.turn()
         metas = session.meta(uids)
+        self.answered()
         metas.update({uid: Meta(uid, "", 0, "", "", (), b"") for uid in uids if uid in self._given_up and uid not in metas})
         ready, absent = plan.prefix([uid for uid in uids if uid not in self._gone], metas.keys())
         identities = {uid: self._identity(session.folder, metas[uid]) for uid in ready}
@@ -271,6 +293,7 @@ class Reader:
         sizes = {uid: min(metas[uid].size, most) for uid in wanted}
         for group in split(wanted, sizes.__getitem__, most=len(wanted), most_bytes=FETCH_BYTES):
             self._respect_budget(session, state, group)
+            self._respect_gate()
             mails, withheld = self._fetched(session, [(metas[uid], identities[uid]) for uid in group])
             for batch in split(mails, lambda mail: mail.size, most=len(group), most_bytes=PUBLISH_BYTES):
                 moved = plan.advanced(state, batch[-1].uid, left_out, passed) if moves else state
@@ -284,18 +307,33 @@ class Reader:
             self._missed(absent)
         return state
 
+    def _respect_gate(self) -> None:
+        """Nothing is fetched that Redis may have no room for: it waits where it is safe, in the mailbox."""
+        while why := self.gate():
+            self.paused, self.only_old = why, False
+            if self.pulse.pause(GATE_SECONDS):
+                raise NotOurs("stopped while intake was paused")
+            if not self.gate():
+                self.paused = ""
+
     def _respect_budget(self, session: Session, state: State, group: Sequence[int]) -> None:
         """Old mail waits for tomorrow where today's bytes are spent; new mail does not."""
         said = False
         while group[0] <= state.horizon and self._spent_today() >= self.settings.mail.daily_bytes:
             if not said:
-                said = self.paused = True
-                log.warning("%s: DAILY_BYTES are spent: old mail waits until midnight UTC, new mail goes on", self.pulse.title)
+                said = True
+                self.paused, self.only_old = "DAILY_BYTES are spent: old mail waits until midnight UTC, new mail goes on", True
+                log.warning("%s: %s", self.pulse.title, self.paused)
             if self.pulse.pause(AHEAD_SECONDS):
                 raise NotOurs("stopped while the day's bytes were spent")
             self._look_ahead(session, state)
         if said:
-            self.paused = False
+            self.paused = ""
+
+    @property
+    def bytes_today(self) -> int:
+        """Bytes read from the account today, as far as this mailbox knows without asking."""
+        return self._spent[1] if self._spent[0] == self.clock.wall().date() else 0
 
     def _spent_today(self) -> int:
         today = self.clock.wall().date()
@@ -316,7 +354,9 @@ class Reader:
         most = self.settings.mail.max_message_bytes
         whole = [meta.uid for meta, _ in wanted if meta.size <= most and meta.uid not in self._given_up]
         self.pulse.turn()
+        began = self.clock.wall().timestamp()
         bodies = session.bodies(whole) if whole else {}
+        self.answered()
         self._spent = (self.clock.wall().date(), self._spend(sum(map(len, bodies.values()))))
         had = set(bodies) | {meta.uid for meta, _ in wanted if meta.uid not in whole}
         ready, withheld = plan.prefix([meta.uid for meta, _ in wanted], had)
@@ -327,7 +367,7 @@ class Reader:
             self.pulse.turn()
             raw = bodies.get(meta.uid)
             head = session.head(meta.uid, STUB_BYTES) if raw is None else b""
-            mails.append(self._mail(session.folder, meta, identity, raw, head, raw_refs.get(meta.uid, "")))
+            mails.append(self._mail(session.folder, meta, identity, raw, head, raw_refs.get(meta.uid, ""), began))
         return mails, withheld
 
     def _archived(self, raws: Sequence[bytes]) -> list[str]:
@@ -340,18 +380,22 @@ class Reader:
             try:
                 raw_refs = self.archive.put_all(raws)
             except ArchiveUnavailable as error:
+                self.paused, self.only_old = str(error), False
                 if not said:
-                    said = self.paused = True
+                    said = True
                     log.error("%s: intake waits: %s", self.pulse.title, error)
                 if self.pulse.pause(ARCHIVE_SECONDS):
                     raise NotOurs("stopped while the archive could not be had") from None
             else:
                 if said:
-                    self.paused = False
+                    self.paused = ""
                     log.info("%s: the archive is there again", self.pulse.title)
                 return raw_refs
 
-    def _mail(self, folder: Folder, meta: Meta, identity: Identity, raw: bytes | None, head: bytes, raw_ref: str) -> Mail:
+    def _mail(
+        self, folder: Folder, meta: Meta, identity: Identity, raw: bytes | None, head: bytes, raw_ref: str, began: float
+    ) -> Mail:
+        """`began`: when its body was asked for, seconds since 1970."""
         correlation_id = self.new_id()
         envelope = Envelope(
             account=self.account,
@@ -367,7 +411,11 @@ class Reader:
             gm_labels=meta.gm_labels,
             raw_ref=raw_ref,
         )
-        with correlated(correlation_id):
+        with (
+            correlated(correlation_id),
+            tracing.span("fetch", began=began, email_id=identity.email_id, correlation_id=correlation_id) as traceparent,
+        ):
+            envelope = replace(envelope, traceparent=traceparent or traceparent_of(correlation_id))
             if raw is not None:
                 record = parse(raw, envelope)
             elif meta.uid in self._given_up:
@@ -376,7 +424,7 @@ class Reader:
                 reason = f"{meta.size} bytes, above MAX_MESSAGE_BYTES={self.settings.mail.max_message_bytes}"
                 record = stub(envelope, head or meta.header, reason)
             log.debug("%s: UID %d is %s", self.pulse.title, meta.uid, identity.email_id)
-        return Mail(meta.uid, to_fields(envelope, record))
+        return Mail(meta.uid, to_fields(envelope, record), envelope.traceparent)
 
     def _identity(self, folder: Folder, meta: Meta) -> Identity:
         return identity_of(self.account, self.name, folder, meta, self.settings.mail.dedup_scope)
@@ -390,19 +438,21 @@ class Reader:
         limit = self.settings.stream.maxlen
         most_live = max(1, limit // 10) if old else limit  # so that new mail is never behind old
         batch, said = self.new_id(), False
+        traces = [mail.traceparent for mail in mails]
         waits_until = self.clock.monotonic() + FULL_SECONDS
         while True:
             self.pulse.turn()
-            answer = self.pulse.ask_redis(
-                lambda: self.states.publish(
-                    mails, batch=batch, expected=expected, state=state, now=self.clock.wall(), most_live=most_live
+            with tracing.span("publish", links=traces, mails=len(mails)) if mails else nullcontext():
+                answer = self.pulse.ask_redis(
+                    lambda: self.states.publish(
+                        mails, batch=batch, expected=expected, state=state, now=self.clock.wall(), most_live=most_live
+                    )
                 )
-            )
             if answer.verdict in ("OK", "ALREADY"):
                 added = sum(answer.added) if answer.verdict == "OK" else len(mails)
                 self.published += added
                 self.known += len(mails) - added
-                self.paused = False
+                self.paused = ""
                 if said:
                     log.info("%s: the stream has room again", self.pulse.title)
                 return state
@@ -410,12 +460,10 @@ class Reader:
                 raise NotOurs("another producer took the mailbox over")
             if answer.verdict == "STALE":
                 raise NotOurs("Redis holds another state of the mailbox than we read")
+            self.paused, self.only_old = f"the stream holds {answer.live} unfinished mails (limit {most_live}): intake waits", old
             if not said:
                 said = True
-                log.warning(
-                    "%s: the stream holds %d unfinished mails (limit %d): intake waits", self.pulse.title, answer.live, most_live
-                )
-            self.paused = True
+                log.warning("%s: %s", self.pulse.title, self.paused)
             if self.pulse.pause(1.0):
                 raise NotOurs("stopped while the stream was full")
             if self.clock.monotonic() > waits_until:

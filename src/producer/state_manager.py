@@ -23,10 +23,11 @@ Fields = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Mail:
-    """A mail on its way into the stream: the entry's fields (`src.mail.record.to_fields`)."""
+    """A mail on its way into the stream: the entry's fields (`src.mail.record.to_fields`). `traceparent`: as in its record."""
 
     uid: int
     fields: Fields
+    traceparent: str = ""
 
     @property
     def size(self) -> int:

@@ -88,7 +88,9 @@ class Worker:
         shutdown, settings = self.shutdown, self.settings
         retry_on_redis_error(shutdown)(recovery.join)(self.seat)
         listener = endpoint.open_port(settings.run.http_host, settings.run.http_port, FIRST_PORT)
-        stop_endpoint = endpoint.serve(listener, lambda: liveness(self.beats.seen(), self.clock.monotonic()), shutdown)
+        hosts = endpoint.allowed_hosts(settings.run.http_host, settings.run.http_allowed_hosts)
+        pages = {"/health": lambda: liveness(self.beats.seen(), self.clock.monotonic())}
+        stop_endpoint = endpoint.serve(listener, pages, hosts, shutdown)
         settler = shutdown.guard("settler", self.settler.run)
         self.runners.start()
         shutdown.guard("late", self._look_for_late)

@@ -20,7 +20,7 @@ from src.common.shutdown import Shutdown
 from src.producer.daemon import Access, NoUsableToken, Producer, accesses
 from src.sandbox.server import Sandbox
 from tests.integration.test_commands import finished
-from tests.support.inline import HurriedShutdown, a_second_a_look
+from tests.support.inline import HurriedShutdown, a_second_a_look, hurried_breakers
 from tests.support.once import read_once
 from tests.support.pipeline import DEADLINE, Pipeline
 from tests.support.servers import Dovecot, RedisServer
@@ -155,7 +155,7 @@ def test_gmail_passwords_are_warned_about(pipeline: Pipeline, caplog: pytest.Log
         {"AUTH_METHOD": "password", "GMAIL_USERNAME": POST, "IMAP_PASSWORD": "x", "DATA_DIR": pipeline.tmp}, env_file=None
     )
     with RedisClient.connect(pipeline.redis.url, max_connections=4, socket_timeout=5) as redis:
-        Producer(settings, accesses(load_accounts(settings.mail), SYSTEM), redis, Shutdown(), SYSTEM)
+        Producer(settings, accesses(load_accounts(settings.mail), SYSTEM), redis, Shutdown(), SYSTEM, hurried_breakers())
     assert f"{POST}: Gmail takes app passwords only" in caplog.text
 
 
@@ -218,6 +218,9 @@ class Refused:
     def stamp(self) -> object:
         return self.file
 
+    def facts(self) -> dict[str, object]:
+        return {}
+
 
 @pytest.mark.parametrize(
     ("error", "status", "pause"),
@@ -232,7 +235,8 @@ def test_what_was_refused_is_asked_again_after_its_pause_or_when_its_file_change
     credentials = Refused(clock, error)
     [account] = load_accounts(settings.mail)
     with RedisClient.connect(pipeline.redis.url, max_connections=4, socket_timeout=5) as redis, ThreadPoolExecutor(1) as pool:
-        [mailbox] = Producer(settings, [Access(account, credentials)], redis, shutdown, clock).mailboxes
+        producer = Producer(settings, [Access(account, credentials)], redis, shutdown, clock, hurried_breakers())
+        [mailbox] = producer.mailboxes
         running = pool.submit(mailbox.run)
         try:
             until(lambda: len(credentials.asked) >= 3, DEADLINE, "asked three times")

@@ -19,6 +19,7 @@ import redis
 
 from config.settings import Settings, load_settings
 from src.common.archive import Archive, open_archive, ref_of
+from src.common.circuit_breaker import Breakers, Rules
 from src.common.clock import SYSTEM, Clock
 from src.common.exceptions import GroupMissing, Permanent, Transient
 from src.common.health import Beats
@@ -28,7 +29,7 @@ from src.common.retry import retry_on_redis_error
 from src.common.shutdown import Shutdown
 from src.imap.imap_client import ImapEndpoint, ImapMailbox
 from src.mail.record import Email
-from src.producer.mailbox import Mailbox
+from src.producer.mailbox import Mailbox, is_down
 from src.producer.reader import Session
 from src.producer.state_manager import MarkerFile, StateManager
 from src.worker import recovery
@@ -80,6 +81,11 @@ def a_second_a_look() -> Clock:
     return Clock(wall=SYSTEM.wall, monotonic=lambda: float(next(seconds)))
 
 
+def hurried_breakers() -> Breakers:
+    """Breakers whose time moves a second with each look: they let the next call in."""
+    return Breakers(Rules(open_seconds=1.0, open_cap=1.0), a_second_a_look().monotonic, lambda: 0.0)
+
+
 def obey(email: Email, context: Context) -> dict[str, object]:
     """A handler that does what the subject says: `done`, `retry` (fails once) or `dead`. Its result says what it got to see."""
     if email.subject == "dead":
@@ -129,6 +135,9 @@ class World:
     def stamp(self) -> object:
         return self.token
 
+    def facts(self) -> dict[str, object]:
+        return {}
+
 
 class InlineProducer:
     """producer.py with one mailbox. Its lease thread comes whenever the mailbox waits for its IMAP server."""
@@ -154,6 +163,7 @@ class InlineProducer:
             shutdown=HurriedShutdown(),
             beats=Beats(clock),
             archive=Archive(FaultyStore(archive.store, process)) if archive else None,
+            breaker=hurried_breakers().get("IMAP", counts=is_down),
         )
 
     def ask_for(self, day: date) -> None:

@@ -13,7 +13,7 @@ from src.common.clock import SYSTEM, Clock
 from src.common.redis_client import RedisClient
 from src.common.shutdown import Shutdown
 from src.producer.daemon import Producer, accesses
-from tests.support.inline import HurriedShutdown, a_second_a_look
+from tests.support.inline import HurriedShutdown, a_second_a_look, hurried_breakers
 from tests.support.pipeline import DEADLINE, Pipeline
 
 
@@ -54,9 +54,10 @@ def _read(
         **env,
     }
     settings = load_settings(flags, env_file=None)
-    found = accesses(load_accounts(settings.mail), SYSTEM)
+    breakers = hurried_breakers()
+    found = accesses(load_accounts(settings.mail), SYSTEM, breakers=breakers)
     with RedisClient.connect(pipeline.redis.url, max_connections=10, socket_timeout=10) as redis:
-        producer = Producer(settings, found, redis, shutdown, clock)
+        producer = Producer(settings, found, redis, shutdown, clock, breakers)
         if resync_from:
             producer.ask_for(resync_from)
         producer.run_once()

@@ -1,12 +1,14 @@
-"""GET /health: 503 only where a restart would help; the port it is answered on."""
+"""/health: 503 only where a restart would help; /ready; water marks; the endpoint and the port it is answered on."""
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
@@ -14,9 +16,9 @@ import pytest
 
 from src.common.clock import Clock
 from src.common.exceptions import ConfigurationError
-from src.common.health import Beats, Loop, liveness
+from src.common.health import Beats, Loop, Memory, Page, intake_reasons, is_full, liveness, readiness
 from src.common.shutdown import Shutdown
-from src.monitoring.endpoint import open_port, serve
+from src.monitoring.endpoint import address_of, allowed_hosts, is_allowed, open_port, serve
 from tests.support.processes import free_port
 
 
@@ -53,43 +55,164 @@ def test_beats_keep_the_last_turn_and_forget_what_ended() -> None:
     assert beats.seen() == {"reader": Loop(12.0, 6)}
 
 
+def test_what_is_wrong_elsewhere_is_said_and_kills_nobody() -> None:
+    """Redis is away, a token is dead: degraded, and healthy. A loop of ours that stands still is stuck, whatever else is wrong."""
+    loops = {"reader": Loop(100.0, 10.0)}
+    wrong = ["Redis: no answer for 30 s", "a/INBOX: REAUTH_REQUIRED: consent again"]
+    assert liveness(loops, 101.0, wrong) == (
+        200,
+        {
+            "status": "degraded",
+            "why": "Redis: no answer for 30 s; a/INBOX: REAUTH_REQUIRED: consent again",
+            "loops": {"reader": 1.0},
+        },
+    )
+    assert liveness(loops, 111.0, wrong)[0] == 503
+
+
+# is it at work
+
+
+def test_ready_without_a_reason_against_it() -> None:
+    assert readiness([]) == (200, {"ready": True, "why": []})
+    assert readiness(["Redis: away"]) == (503, {"ready": False, "why": ["Redis: away"]})
+
+
+@pytest.mark.parametrize(
+    ("redis", "states", "reasons"),
+    [
+        ("", {"a/INBOX": ("CONNECTED", "")}, []),
+        ("", {"a/INBOX": ("REAUTH_REQUIRED", "consent"), "b/INBOX": ("CONNECTED", "")}, []),
+        ("", {"a/INBOX": ("STANDBY", "another producer reads it")}, []),
+        ("", {"a/INBOX": ("BACKFILL_PAUSED", "DAILY_BYTES")}, []),
+        ("", {"a/INBOX": ("PAUSED", "full")}, ["a/INBOX: PAUSED: full"]),
+        ("", {"a/INBOX": ("STARTING", ""), "b/X": ("DISCONNECTED", "no")}, ["a/INBOX: STARTING", "b/X: DISCONNECTED: no"]),
+        ("", {"a/INBOX": ("REREADING", "forgotten")}, ["a/INBOX: REREADING: forgotten"]),
+        ("no answer", {"a/INBOX": ("CONNECTED", "")}, ["Redis: no answer"]),
+        ("no answer", {"a/INBOX": ("MISCONFIGURED", "x")}, ["Redis: no answer", "a/INBOX: MISCONFIGURED: x"]),
+    ],
+)
+def test_a_producer_is_ready_with_redis_and_one_mailbox(
+    redis: str, states: Mapping[str, tuple[str, str]], reasons: list[str]
+) -> None:
+    """One mailbox at work is enough; a standby is at work; without any each says why."""
+    assert intake_reasons(redis, states) == reasons
+
+
+# may it take more in
+
+
+def test_intake_pauses_from_high_and_goes_on_below_low() -> None:
+    """In between it does what it did: no flapping."""
+    full, seen = False, []
+    for level in (0.0, 0.84, 0.85, 0.80, 0.75, 0.7499, 0.80, 0.9):
+        full = is_full(full, level, high=0.85, low=0.75)
+        seen.append(full)
+    assert seen == [False, False, True, True, True, False, False, True]
+
+
+def test_no_limit_is_never_full() -> None:
+    """maxmemory 0 allows everything."""
+    assert Memory(10**12, 0, "noeviction").level == 0.0
+    assert Memory(85, 100, "noeviction").level == 0.85
+
+
 # the endpoint
 
 
 @contextmanager
-def served(health: dict[str, tuple[int, dict[str, object]]]) -> Iterator[str]:
-    """The address of an endpoint that answers `health["now"]`."""
+def served(pages: Mapping[str, Callable[[], Page]], hosts: Collection[str] = allowed_hosts("127.0.0.1", ())) -> Iterator[str]:
+    """The address of an endpoint with these pages."""
     listener = open_port("127.0.0.1", 0, 1)
-    port = listener.getsockname()[1]
-    stop = serve(listener, lambda: health["now"], Shutdown())
-    yield f"http://127.0.0.1:{port}"
+    port, address = listener.getsockname()[1], address_of(listener)
+    stop = serve(listener, pages, hosts, Shutdown())
+    assert address == f"http://127.0.0.1:{port}"
+    yield address
     stop()
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 5):
         pass
 
 
-def get(url: str) -> tuple[int, dict[str, object]]:
+def get(url: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, object]]:
+    request = urllib.request.Request(url, headers=headers, method=method)
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
 
 
-def test_health_is_asked_anew_for_each_request_and_the_end_closes_the_port() -> None:
+def test_a_page_is_asked_anew_for_each_request_and_the_end_closes_the_port() -> None:
     """The status code is for a supervisor, the body for a person."""
-    health: dict[str, tuple[int, dict[str, object]]] = {"now": (200, {"status": "ok"})}
-    with served(health) as url:
+    health: list[Page] = [(200, {"status": "ok"})]
+    with served({"/health": lambda: health[-1]}) as url:
         assert get(f"{url}/health") == (200, {"status": "ok"})
-        health["now"] = (503, {"status": "stuck", "why": "é"})
+        health.append((503, {"status": "stuck", "why": "é"}))
         assert get(f"{url}/health") == (503, {"status": "stuck", "why": "é"})
 
 
-def test_other_pages_do_not_exist() -> None:
-    """Every other path is answered with what it is not."""
-    with served({"now": (200, {"status": "ok"})}) as url:
-        assert get(f"{url}/") == (404, {"error": "no such page: /"})
+def test_other_pages_and_methods_do_not_exist() -> None:
+    """Every other path is answered with what there is, in JSON."""
+    with served({"/health": lambda: (200, {}), "/ready": lambda: (200, {})}) as url:
+        assert get(f"{url}/") == (404, {"error": "no such page: /", "pages": ["/health", "/ready"]})
         assert get(f"{url}/health/../etc/passwd")[0] == 404
+        assert get(f"{url}/health", method="POST") == (405, {"error": "POST is not answered here"})
+
+
+def test_a_page_that_hangs_holds_up_no_other() -> None:
+    """/status looks at token files: a disk that hangs must not make /health look dead."""
+    hanging, let_go = threading.Event(), threading.Event()
+
+    def status() -> Page:
+        hanging.set()
+        let_go.wait(20)
+        return 200, {}
+
+    with served({"/health": lambda: (200, {"status": "ok"}), "/status": status}) as url:
+        waiting = threading.Thread(target=get, args=(f"{url}/status",))
+        waiting.start()
+        assert hanging.wait(20)
+        assert get(f"{url}/health") == (200, {"status": "ok"})
+        let_go.set()
+        waiting.join()
+
+
+def test_a_foreign_host_name_is_refused() -> None:
+    """A page of the web that points its own name at this machine reads nothing; who asks without a name is no browser."""
+    with served({"/health": lambda: (200, {"status": "ok"})}) as url:
+        assert get(f"{url}/health", Host="evil.example")[0] == 400
+        assert get(f"{url}/health", Host="127.0.0.1.evil.example:80")[0] == 400
+        assert get(f"{url}/nothing", Host="evil.example")[0] == 400
+        assert get(f"{url}/health", Host="LOCALHOST:9")[0] == 200
+        bare = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+        bare._http_vsn, bare._http_vsn_str = 10, "HTTP/1.0"
+        bare.putrequest("GET", "/health", skip_host=True)
+        bare.endheaders()
+        assert bare.getresponse().status == 200
+
+
+@pytest.mark.parametrize(
+    ("header", "allowed"),
+    [
+        ("127.0.0.1", True),
+        ("127.0.0.1:8080", True),
+        ("[::1]", True),
+        ("[::1]:8080", True),
+        ("::1", True),
+        ("10.1.2.3:8080", True),
+        ("twins.internal:1", True),
+        ("Twins.Internal", True),
+        ("10.1.2.4", False),
+        ("[::2]:8080", False),
+        ("localhost.evil.example", False),
+        ("[127.0.0.1].evil.example:80", False),
+        ("127.0.0.1:80@evil.example", False),
+    ],
+)
+def test_host_names(header: str, allowed: bool) -> None:
+    """Loopback, HTTP_HOST and what HTTP_ALLOWED_HOSTS names, with or without a port."""
+    assert is_allowed(header, allowed_hosts("10.1.2.3", ("Twins.internal",))) is allowed
+    assert is_allowed(header, allowed_hosts("10.1.2.3", ("*",)))
 
 
 # its port

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs
 import pytest
 
 from src.auth.oauth2_gmail import SCOPE, StoredToken, TokenSource, main, read_token, write_token
+from src.common.circuit_breaker import Breakers, Rules
 from src.common.clock import SYSTEM, Clock
 from src.common.exceptions import ConfigurationError, ReauthRequired, TokenEndpointUnavailable
 
@@ -434,3 +435,70 @@ def test_a_missing_file_is_exit_code_2_for_the_module_run_as_a_user_runs_it(tmp_
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("there is no token file")
     assert done.stderr.count("\n") == 1
+
+
+# an endpoint that is down, seen by a daemon
+
+
+def breakers_at(now: list[float]) -> Breakers:
+    return Breakers(Rules(failures=2, open_seconds=8.0), lambda: now[0], lambda: 0.999)
+
+
+def test_an_endpoint_that_fails_is_left_alone_by_all_accounts(tmp_path: Path, endpoint: Endpoint) -> None:
+    """After two failures nobody asks until its time is over; then one asks, and all go on."""
+    now = [0.0]
+    breakers = breakers_at(now)
+    sources = []
+    for number in range(3):
+        path = tmp_path / f"{number}.json"
+        write_token(path, stored(endpoint.uri, account=f"{number}@x"))
+        sources.append(TokenSource(path, f"{number}@x", breakers=breakers))
+    endpoint.answers = [(503, HTML), (200, HTML), (200, GRANTED)]
+    for source in sources[:2]:
+        with pytest.raises(TokenEndpointUnavailable):
+            source.access_token()
+    for source in sources:
+        with pytest.raises(
+            TokenEndpointUnavailable, match=r"token endpoint 127\.0\.0\.1:\d+ failed again and again: it is asked"
+        ):
+            source.access_token()
+    assert len(endpoint.asked) == 2
+    now[0] = 8.0
+    assert [source.access_token() for source in sources] == ["fresh-1"] * 3
+    assert len(endpoint.asked) == 5
+
+
+def test_a_token_that_is_still_good_is_used_while_the_endpoint_is_left_alone(path: Path, endpoint: Endpoint) -> None:
+    """Within the last five minutes of a token a refresh is tried, and not needed."""
+    breakers = breakers_at([0.0])
+    breaker = breakers.get(f"token endpoint 127.0.0.1:{endpoint.uri.split(':')[2].split('/')[0]}")
+    for _ in range(2):
+        breaker.enter().failure()
+    write_token(path, stored(endpoint.uri, access_token="good", seconds=100))
+    assert TokenSource(path, ACCOUNT, breakers=breakers).access_token() == "good"
+    assert endpoint.asked == []
+
+
+def test_a_verdict_on_an_account_is_no_failure_of_the_endpoint(path: Path, endpoint: Endpoint) -> None:
+    """Dead tokens, however many, do not keep the others from being refreshed."""
+    breakers = breakers_at([0.0])
+    endpoint.answers = [(400, {"error": "invalid_grant"})]
+    for _ in range(4):
+        with pytest.raises(ReauthRequired):
+            TokenSource(path, ACCOUNT, breakers=breakers).access_token()
+    assert len(endpoint.asked) == 4
+
+
+def test_what_status_shows_of_a_token(path: Path, endpoint: Endpoint) -> None:
+    """Age and end, and what is wrong with the file; no secret, no question asked."""
+    source = TokenSource(path, ACCOUNT)
+    facts = source.facts()
+    assert set(facts) == {"method", "consented", "consented_days_ago"}
+    assert facts["consented"] == "2026-01-02T03:04:05Z"
+    write_token(path, stored(endpoint.uri, access_token="good", seconds=100))
+    facts = source.facts()
+    assert 90 <= int(str(facts["expires_in_seconds"])) <= 100
+    assert not {"good", "s3cret", "1//refresh"} & set(map(str, facts.values()))
+    path.unlink()
+    assert "there is no token file" in str(source.facts()["error"])
+    assert endpoint.asked == []

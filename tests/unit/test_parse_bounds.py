@@ -45,8 +45,12 @@ SHAPES: dict[str, Callable[[int], bytes]] = {
     "nesting": lambda size: filled(nested(170_000), b"x", size),
     "parts": lambda size: filled(MULTIPART, b"--b\n\nx\n", size),
     "parts with a header": lambda size: filled(MULTIPART, b"--b\n" + b"a:\n" * 340 + b"\nx\n", size),
-    "parts with long names": lambda size: filled(MULTIPART, b"--b\nContent-Type: a/b; name*=utf-8''" + b"%aa" * 300 + b"\n\nx\n", size),
-    "parts of deep HTML": lambda size: filled(MULTIPART, b"--b\n" + part("text/html") + b"<b x>" * 499 + b"</p>" * 2_000 + b"\n", size),
+    "parts with long names": lambda size: filled(
+        MULTIPART, b"--b\nContent-Type: a/b; name*=utf-8''" + b"%aa" * 300 + b"\n\nx\n", size
+    ),
+    "parts of deep HTML": lambda size: filled(
+        MULTIPART, b"--b\n" + part("text/html") + b"<b x>" * 499 + b"</p>" * 2_000 + b"\n", size
+    ),
     "closing delimiters": lambda size: filled(MULTIPART, b"--b--\n", size),
     "dashes": lambda size: filled(MULTIPART + b"--b\n\n", b"--\n", size),
     "long dashes": lambda size: filled(MULTIPART, b"--" + b"b" * 2_000 + b"\n", size),
