@@ -163,6 +163,12 @@ def ref_of(raw: bytes) -> str:
     return f"sha256:{hashlib.sha256(raw).hexdigest()}"
 
 
+def raw_ref_in(record: str) -> str:
+    """The reference in a record's JSON text, found without decoding it; "" where there is none."""
+    found = _REF_IN_RECORD.search(record)
+    return found[1] if found else ""
+
+
 def _path(raw_ref: str) -> str:
     digest = raw_ref.removeprefix("sha256:")
     return f"{digest[0]}/{digest}"  # 16 folders: a batch of mails syncs each of them once

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from src.common.archive import raw_ref_in
 from src.common.clock import iso
 from src.worker.delivery import Delivery, Seat, numbered, place_of
 
@@ -27,6 +28,7 @@ class Done:
     delivery: Delivery
     outcome: str
     result: str
+    handler: str = ""
 
 
 def begin(seat: Seat, mails: Sequence[Delivery], *, solo: bool, poison_starts: int, now: datetime) -> list[Begun]:
@@ -60,6 +62,8 @@ def complete(seat: Seat, done: Sequence[Done], *, processed_days: float, results
             number[place.processed],
             place.open_field,
         ]
-        args += [mail.outcome, mail.result]
+        fields = mail.delivery.fields
+        args += [mail.outcome, mail.result, mail.handler, fields["mailbox"], fields.get("uid", ""), fields["internal_date"]]
+        args += [fields.get("from", ""), raw_ref_in(fields["record"])]
     reply = seat.redis.run("complete", [keys.stream, keys.index, keys.starts, keys.tries, keys.results, keys.open, *sets], args)
     return list(reply)

@@ -2,13 +2,15 @@
 -- DONE: result, processed id, acknowledgement and deletion in one step, only for the owner.
 -- KEYS 1 stream 2 index 3 starts 4 tries 5 results 6 open 7.. processed sets
 -- ARGV 1 group 2 consumer 3 seconds a processed id is kept 4 most results 5 seconds a result is kept,
---      then n x {stream id, delivery count, email_id, member, number of its set from 1, field in open, outcome, result}
+--      then n x {stream id, delivery count, email_id, member, number of its set from 1, field in open, outcome, result,
+--            handler, mailbox, uid, internal_date, from, raw_ref: what `reprocess` needs to find the mail again}
 -- -> n x (OK | ALREADY: done before, by this call repeated or by another worker | LOST)
 --#include fence
-local STEP, mails, ids = 8, {}, {}
+local STEP, mails, ids = 14, {}, {}
 for i = 6, #ARGV, STEP do
   local mail = {sid = ARGV[i], count = ARGV[i + 1], id = ARGV[i + 2], member = ARGV[i + 3], set = tonumber(ARGV[i + 4]), open = ARGV[i + 5],
-                outcome = ARGV[i + 6], result = ARGV[i + 7]}
+                outcome = ARGV[i + 6], result = ARGV[i + 7], handler = ARGV[i + 8], mailbox = ARGV[i + 9], uid = ARGV[i + 10],
+                internal_date = ARGV[i + 11], from = ARGV[i + 12], raw_ref = ARGV[i + 13]}
   mails[#mails + 1] = mail
   ids[#ids + 1] = mail.sid
 end
@@ -24,7 +26,9 @@ for i, mail in ipairs(mails) do
     members[mail.set] = members[mail.set] or {}
     table.insert(members[mail.set], mail.member)
     open[mail.open] = (open[mail.open] or 0) + 1
-    redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[4], '*', 'email_id', mail.id, 'outcome', mail.outcome, 'result', mail.result)
+    redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[4], '*', 'email_id', mail.id, 'outcome', mail.outcome, 'result', mail.result,
+      'handler', mail.handler, 'mailbox', mail.mailbox, 'uid', mail.uid, 'internal_date', mail.internal_date, 'from', mail.from,
+      'raw_ref', mail.raw_ref)
   end
 end
 if #sids > 0 then
