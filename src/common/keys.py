@@ -56,7 +56,7 @@ class Keys:
 
     @cached_property
     def tries(self) -> str:
-        """Hash email_id → `<failed attempts>|<last delivery count>`."""
+        """Hash email_id → `<failed attempts>|<last delivery count>|<first failure in ms, or nothing before one>`."""
         return f"{self.stream}:tries"
 
     @cached_property

@@ -12,14 +12,17 @@ from src.common.keys import Keys
 from src.common.redis_client import Fields, RedisClient
 from src.worker.delivery import Delivery, Place, Seat, numbered, place_of
 
-Verb = Literal["retry", "postpone", "bury", "foreign"]
+Verb = Literal["retry", "crash", "postpone", "bury", "foreign"]
 MAX_ERROR_CHARS = 2_000
 MAX_TRACEBACK_CHARS = 8_000
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A mail that was not finished, what is to become of it and why. `delay` in seconds (retry, postpone)."""
+    """A mail that was not finished, what is to become of it and why. `delay` in seconds (retry, crash, postpone).
+
+    crash: the process that handled it died. Like retry, but its start stays marked: it is a suspect and begins alone the next time.
+    """
 
     delivery: Delivery
     verb: Verb
@@ -28,6 +31,7 @@ class Failure:
     error_type: str = ""
     error: str = ""
     traceback: str = ""
+    handler: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +64,19 @@ def fail(seat: Seat, failures: Sequence[Failure], *, now: datetime) -> list[Fail
     args: list[str | int] = [seat.group, seat.consumer, iso(now)]
     for failure in failures:
         mail = failure.delivery
-        args += [mail.stream_id, mail.count, mail.email_id, failure.verb, round(failure.delay * 1000), failure.reason]
-        args += [failure.error_type, _utf8(failure.error[:MAX_ERROR_CHARS]), _utf8(failure.traceback[-MAX_TRACEBACK_CHARS:])]
-    reply = seat.redis.run("fail", [keys.stream, keys.index, keys.starts, keys.tries, keys.due, keys.dlq], args)
+        day = "" if mail.foreign else place_of(keys, mail.fields).open_field
+        error, traceback = bounded(failure.error, failure.traceback)
+        args += [mail.stream_id, mail.count, mail.email_id, day, failure.verb, round(failure.delay * 1000), failure.reason]
+        args += [failure.error_type, _utf8(error), _utf8(traceback), failure.handler]
+    reply = seat.redis.run("fail", [keys.stream, keys.index, keys.starts, keys.tries, keys.due, keys.dlq, keys.open], args)
     return [Failed(verdict, int(attempts)) for verdict, attempts in reply]
+
+
+def bounded(error: str, traceback: str) -> tuple[str, str]:
+    """Both as they are kept. A long message is cut within the traceback too, or it would push the frames out of it. Safe to repeat."""
+    if len(error) > MAX_ERROR_CHARS:
+        traceback = traceback.replace(error, error[:MAX_ERROR_CHARS])
+    return error[:MAX_ERROR_CHARS], traceback[-MAX_TRACEBACK_CHARS:]
 
 
 def _utf8(text: str) -> str:

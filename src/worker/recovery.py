@@ -51,7 +51,7 @@ def promote(seat: Seat, *, most: int) -> list[Delivery]:
     """Take up to `most` mails whose next attempt is due."""
     keys = seat.keys
     return deliveries(
-        seat.redis.run("promote", [keys.stream, keys.index, keys.tries, keys.due], [seat.group, seat.consumer, most])
+        seat.redis.run("promote", [keys.stream, keys.index, keys.tries, keys.due, keys.starts], [seat.group, seat.consumer, most])
     )
 
 

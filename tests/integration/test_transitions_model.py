@@ -179,7 +179,7 @@ class LifeOfMail(RuleBasedStateMachine):
     def turn(self, data: st.DataObject, worker: str, solo: bool) -> None:
         """Take a few mails, begin them, and finish, fail or never finish each."""
         started = self._take_and_begin(data, worker, solo=solo)
-        ends = {hand: data.draw(st.sampled_from(["done", "retry", "postpone", "bury", "never"])) for hand in started}
+        ends = {hand: data.draw(st.sampled_from(["done", "retry", "crash", "postpone", "bury", "never"])) for hand in started}
         self._complete(worker, [hand for hand, end in ends.items() if end == "done"])
         failed = [hand for hand, end in ends.items() if end not in ("done", "never")]
         self._fail(worker, failed, [ends[hand] for hand in failed])
@@ -257,7 +257,7 @@ class LifeOfMail(RuleBasedStateMachine):
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
         worker, hands = self._some_hands(data, started=True)
-        self._fail(worker, hands, [data.draw(st.sampled_from(["retry", "retry", "postpone", "bury"])) for _ in hands])
+        self._fail(worker, hands, [data.draw(st.sampled_from(["retry", "crash", "postpone", "bury"])) for _ in hands])
 
     def _fail(self, worker: str, hands: list[Hand], verbs: list[str]) -> None:
         failures = [
@@ -317,7 +317,9 @@ class LifeOfMail(RuleBasedStateMachine):
         assert books.due == set(model.in_place("due"))
         assert books.index == model.index
         assert books.starts == {mail: f"{solo}|{tag}" for mail, (solo, tag) in model.starts.items()}
-        assert books.tries == {mail: f"{attempts}|{last}" for mail, (attempts, last) in model.tries.items()}
+        tries = {mail: value.split("|") for mail, value in books.tries.items()}
+        assert {mail: (int(attempts), int(last)) for mail, (attempts, last, _) in tries.items()} == model.tries
+        assert all((first != "") == (attempts != "0") for attempts, _, first in tries.values()), "since when a mail fails"
         assert books.open == model.open
         letters = {
             letter: (fields.get("dead_id") or fields["email_id"], fields["dead_reason"]) for letter, fields in books.dead.items()
@@ -414,7 +416,8 @@ MUTANTS = (
     Mutant("begin", "if last == nil or last == tag then", "if true then"),
     Mutant("complete", "if owned[mail.sid] ~= mail.count then", "if false then"),
     Mutant("fail", "if owned[mail.sid] ~= mail.count then", "if false then"),
-    Mutant("promote", "'|(%d+)$')) + 1", "'|(%d+)$'))"),
+    Mutant("fail", "if mail.verb ~= 'crash' then", "if true then"),
+    Mutant("promote", "'^%d+|(%d+)')) + 1", "'^%d+|(%d+)'))"),
     Mutant("recover", "'IDLE', ARGV[3],", "'IDLE', 0,"),
     Mutant("release", "if owned[sid] == count then", "if true then"),
     Mutant("renew", "owned[ARGV[i]] == ARGV[i + 1] and mine or lost", "mine"),

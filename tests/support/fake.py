@@ -8,6 +8,7 @@ What fakeredis 2.40 lacks: `#!lua` lines (cut off here), INFO, CONFIG, ACL, maxm
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ Content = dict[str, Any]
 STREAM, GROUP = "stream", "workers"
 DAY = "a|INBOX|20260131"
 DONE = "a:20260131"
+_SINCE = re.compile(r"\|\d{13}$")
 REAL_CLOCK = 10**9  # entry ids above this many ms were made by the server; the tables' own are small
 
 
@@ -77,7 +79,7 @@ class Store:
     The parts of `put` and `content`, each left out where it is empty:
     stream {entry id: email_id} · pending {entry id: (consumer, delivery count)} · index, starts, tries, open {field: value} ·
     due {member} · dlq [(email_id, reason, attempts)] · results [(email_id, outcome, result)] · processed {account:day: {member}}.
-    An entry id that the server made is shown as `#1`, `#2`, … by its place in its stream.
+    An entry id that the server made is shown as `#1`, `#2`, … by its place in its stream, a moment of its clock as `now`.
     """
 
     redis: RedisClient
@@ -124,7 +126,7 @@ class Store:
                 for email_id, place in redis.hash(keys.index).items()
             },
             "starts": redis.hash(keys.starts),
-            "tries": redis.hash(keys.tries),
+            "tries": {email_id: _SINCE.sub("|now", value) for email_id, value in redis.hash(keys.tries).items()},
             "due": set(redis.call("ZRANGE", keys.due, 0, -1)),
             "dlq": [
                 (fields.get("dead_id") or fields["email_id"], fields["dead_reason"], fields["dead_attempts"])

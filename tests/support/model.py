@@ -180,12 +180,13 @@ class Model:
         attempts, last = self.tries.get(mail, (0, 0))
         if not self.holds(hand):
             return ("ALREADY" if last == hand.count else "LOST"), attempts
-        if verb in ("retry", "postpone"):
-            attempts += verb == "retry"
+        if verb in ("retry", "crash", "postpone"):
+            attempts += verb != "postpone"
             self.tries[mail] = (attempts, hand.count)
             self.entries[hand.sid] = replace(self.entries[hand.sid], place="due", owner="")
-            self.starts.pop(mail, None)
-            return ("RETRY" if verb == "retry" else "POSTPONED"), attempts
+            if verb != "crash":
+                self.starts.pop(mail, None)
+            return ("POSTPONED" if verb == "postpone" else "RETRY"), attempts
         return "DEAD", attempts + 1
 
     def buried(self, hand: Hand, letter: str, reason: str) -> None:

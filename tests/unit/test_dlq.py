@@ -23,7 +23,7 @@ ONE: Content = {
     "pending": {"1-0": ("w1", 2)},
     "index": {M1: "S:1-0"},
     "starts": {M1: "0|1-0:2"},
-    "tries": {M1: "3|1"},
+    "tries": {M1: "3|1|5000"},
     "open": {DAY: "1"},
 }
 DEAD: Content = {"index": {M1: "D:1-0"}, "dlq": [(M1, "attempts", "8")], "open": {DAY: "1"}}
@@ -45,27 +45,46 @@ FAIL = [
         "a retry waits in the due queue, counted, its start finished, its entry still in the stream",
         "retry",
         Failed("RETRY", 4),
-        {"pending": None, "starts": None, "tries": {M1: "4|2"}, "due": {f"1-0|{M1}"}},
+        {"pending": None, "starts": None, "tries": {M1: "4|2|5000"}, "due": {f"1-0|{M1}"}},
     ),
     Case(
         "a first failure counts one",
         "retry",
         Failed("RETRY", 1),
-        {"pending": None, "starts": None, "tries": {M1: "1|2"}, "due": {f"1-0|{M1}"}},
+        {"pending": None, "starts": None, "tries": {M1: "1|2|now"}, "due": {f"1-0|{M1}"}},
         ONE | {"tries": None},
     ),
     Case(
         "a finished retry clears the suspicion of earlier starts",
         "retry",
         Failed("RETRY", 4),
-        {"pending": None, "starts": None, "tries": {M1: "4|2"}, "due": {f"1-0|{M1}"}},
+        {"pending": None, "starts": None, "tries": {M1: "4|2|5000"}, "due": {f"1-0|{M1}"}},
         ONE | {"starts": {M1: "2|1-0:2"}},
+    ),
+    Case(
+        "a crash is a retry whose start stays marked: the mail is a suspect, its next start runs alone",
+        "crash",
+        Failed("RETRY", 4),
+        {"pending": None, "tries": {M1: "4|2|5000"}, "due": {f"1-0|{M1}"}},
+    ),
+    Case(
+        "a crash of a solo start keeps the count of solo starts",
+        "crash",
+        Failed("RETRY", 4),
+        {"pending": None, "starts": {M1: "2|1-0:2"}, "tries": {M1: "4|2|5000"}, "due": {f"1-0|{M1}"}},
+        ONE | {"starts": {M1: "2|1-0:2"}},
+    ),
+    Case(
+        "the same crash again (its reply was lost) says ALREADY",
+        "crash",
+        Failed("ALREADY", 4),
+        before=ONE | {"pending": None, "tries": {M1: "4|2|5000"}, "due": {f"1-0|{M1}"}},
     ),
     Case(
         "a postponed mail waits without an attempt counted",
         "postpone",
         Failed("POSTPONED", 3),
-        {"pending": None, "starts": None, "tries": {M1: "3|2"}, "due": {f"1-0|{M1}"}},
+        {"pending": None, "starts": None, "tries": {M1: "3|2|5000"}, "due": {f"1-0|{M1}"}},
     ),
     Case(
         "a buried mail stands in the dead letters and still counts as open",
@@ -96,7 +115,7 @@ FAIL = [
         "the same call again (its reply was lost) says ALREADY and counts nothing",
         "retry",
         Failed("ALREADY", 4),
-        before=ONE | {"pending": None, "starts": None, "tries": {M1: "4|2"}, "due": {f"1-0|{M1}"}},
+        before=ONE | {"pending": None, "starts": None, "tries": {M1: "4|2|5000"}, "due": {f"1-0|{M1}"}},
     ),
 ]
 
@@ -109,15 +128,21 @@ def test_fail(store: Store, case: Case) -> None:
 
 
 def test_a_mail_deleted_by_hand_is_gone_and_acknowledged(store: Store) -> None:
-    """XDEL while the handler ran: nothing to retry or to bury, nothing stays pending, waiting or known.
-
-    Its day keeps the count: the marker then reaches further back than it must, never less.
-    """
+    """XDEL while the handler ran: nothing to retry or to bury, nothing stays pending, waiting, known or counted."""
     store.put(ONE)
     mail = store.held("1-0", 2)
     store.redis.call("XDEL", store.keys.stream, "1-0")
     assert [answer.verdict for answer in fail(store.seat(), [Failure(mail, "retry")], now=NOW)] == ["GONE"]
-    assert store.content() == {"open": {DAY: "1"}}
+    assert store.content() == {}
+
+
+def test_a_copy_deleted_by_hand_takes_nothing_from_the_mail_that_lives(store: Store) -> None:
+    """The index names another entry: that one stays known and counted."""
+    store.put(ONE | {"stream": {"1-0": M1, "2-0": M1}, "index": {M1: "S:2-0"}})
+    mail = store.held("1-0", 2)
+    store.redis.call("XDEL", store.keys.stream, "1-0")
+    assert [answer.verdict for answer in fail(store.seat(), [Failure(mail, "retry")], now=NOW)] == ["GONE"]
+    assert store.content() == {"stream": {"2-0": M1}, "index": {M1: "S:2-0"}, "open": {DAY: "1"}}
 
 
 def test_a_batch_of_all_verdicts_gives_each_mail_its_own(store: Store) -> None:
@@ -139,7 +164,7 @@ def test_a_batch_of_all_verdicts_gives_each_mail_its_own(store: Store) -> None:
         "pending": {"3-0": ("w2", 2)},
         "index": {M1: "S:1-0", M2: "D:#1", M3: "S:3-0", M4: "S:4-0"},
         "starts": {M3: "0|3-0:2"},
-        "tries": {M1: "1|1", M4: "0|1"},
+        "tries": {M1: "1|1|now", M4: "0|1|"},
         "due": {f"1-0|{M1}", f"4-0|{M4}"},
         "dlq": [(M2, "why", "1")],
         "open": {DAY: "4"},
@@ -174,8 +199,42 @@ def test_the_dead_letter_keeps_the_mail_and_says_why(store: Store) -> None:
         "dead_attempts": "1",
         "dead_at": "2026-02-01T00:00:00Z",
         "dead_worker": "w1",
+        "dead_handler": "",
+        "dead_first_at": "2026-02-01T00:00:00Z",
     }
     assert (letter.foreign, letter.email_id) == (False, M1)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["1970-01-01T00:00:00Z", "2000-02-29T23:59:59Z", "2026-01-31T08:09:10Z", "2026-12-31T23:59:59Z", "2100-03-01T00:00:01Z"],
+)
+def test_the_first_failure_keeps_its_time_until_the_grave(store: Store, moment: str) -> None:
+    """What `tries` holds as ms stands in the letter as a date, whatever failed since."""
+    first = round(datetime.fromisoformat(moment).timestamp() * 1000) + 999
+    store.put(ONE)
+    store.redis.call("HSET", store.keys.tries, M1, f"3|1|{first}")
+    fail(store.seat(), [Failure(store.held("1-0", 2), "bury", reason="why", handler="classify")], now=NOW)
+    [letter] = dlq.look(store.redis, store.keys)
+    assert letter.fields["dead_first_at"] == moment
+    assert letter.fields["dead_at"] == "2026-02-01T00:00:00Z"
+    assert letter.fields["dead_handler"] == "classify"
+
+
+def test_retries_keep_the_time_of_the_first_failure(store: Store) -> None:
+    """A second failure, and a crash, change the count and not the time; a postponed start sets none."""
+    seat = store.seat()
+    store.put(ONE | {"tries": None})
+    expected: list[tuple[dlq.Verb, str]] = [("postpone", "0"), ("retry", "1"), ("crash", "2"), ("postpone", "2"), ("retry", "3")]
+    since = set()
+    mail = store.held("1-0", 2)
+    for verb, attempts in expected:
+        fail(seat, [Failure(mail, verb)], now=NOW)
+        counted, _, first = store.redis.hash(store.keys.tries)[M1].split("|")
+        assert (counted, first != "") == (attempts, attempts != "0")
+        since |= {first} - {""}
+        [mail] = recovery.promote(seat, most=1)
+    assert len(since) == 1
 
 
 def test_an_error_that_quotes_lone_surrogates_is_recorded(store: Store) -> None:

@@ -278,6 +278,7 @@ def test_the_poison_letter_keeps_the_mail_and_says_why(store: Store) -> None:
         "dead_attempts": "0",
         "dead_at": "2026-02-01T00:00:00Z",
         "dead_worker": "w1",
+        "dead_first_at": "2026-02-01T00:00:00Z",
     }
 
 
