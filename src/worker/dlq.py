@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -12,9 +14,14 @@ from src.common.keys import Keys
 from src.common.redis_client import Fields, RedisClient
 from src.worker.delivery import Delivery, Place, Seat, numbered, place_of
 
+log = logging.getLogger(__name__)
+
 Verb = Literal["retry", "crash", "postpone", "bury", "foreign"]
+PAGE = 100  # letters read at once
 MAX_ERROR_CHARS = 2_000
 MAX_TRACEBACK_CHARS = 8_000
+MAX_FIELDS = 1_020  # `bury` keeps 1,000 fields and adds its notes; what is wider was put there by somebody else
+_ENTRY_ID = re.compile(r"\d+-\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +58,18 @@ class DeadLetter:
 
     @property
     def foreign(self) -> bool:
-        return "dead_id" in self.fields
+        """Not a mail of ours, by its notes or because somebody else put it there: it can only be looked at and discarded."""
+        return "dead_id" in self.fields or len(self.fields) > MAX_FIELDS or bool(Delivery(self.id, 0, self.fields).foreign)
 
     @property
     def email_id(self) -> str:
-        return self.fields.get("dead_id") or self.fields.get("email_id", "")
+        return self.fields.get("dead_id") or self.fields.get("email_id") or f"foreign:{self.id}"
+
+    @property
+    def group(self) -> str:
+        """See `fingerprint`."""
+        note = self.fields.get
+        return fingerprint(note("dead_error_type", ""), note("dead_error", ""), note("dead_traceback", ""))
 
 
 def fail(seat: Seat, failures: Sequence[Failure], *, now: datetime) -> list[Failed]:
@@ -89,27 +103,140 @@ def look(redis: RedisClient, keys: Keys, *, after: str = "-", count: int = 100) 
     return [DeadLetter(entry_id, fields) for entry_id, fields in redis.entries(keys.dlq, after, count=count)]
 
 
+def find(redis: RedisClient, keys: Keys, wanted: Sequence[str]) -> dict[str, DeadLetter]:
+    """The letters of these dead-letter ids and email_ids, by what was asked for; those that are not there are left out.
+
+    An id is looked up; only `foreign:…`, which no index knows, costs a look through all letters (one for all of them).
+    """
+    located = redis.call("HMGET", keys.index, *wanted) if wanted else []
+    found = {}
+    for name, location in zip(wanted, located, strict=True):
+        place = name if _ENTRY_ID.fullmatch(name) else str(location or "").removeprefix("D:")
+        entries = redis.entries(keys.dlq, place, place, count=1) if _ENTRY_ID.fullmatch(place) else []
+        if entries:
+            found[name] = DeadLetter(*entries[0])
+    rest = {name for name in wanted if name not in found and not _ENTRY_ID.fullmatch(name)}
+    for letter in letters(redis, keys) if rest else ():
+        if letter.email_id in rest:
+            found[letter.email_id] = letter
+    return found
+
+
+def newest(redis: RedisClient, keys: Keys) -> str:
+    """Id of the last letter; "" where there is none."""
+    last = redis.call("XREVRANGE", keys.dlq, "+", "-", "COUNT", 1)
+    return str(last[0][0]) if last else ""
+
+
+def letters(redis: RedisClient, keys: Keys, until: str | None = None) -> Iterator[DeadLetter]:
+    """All dead letters up to id `until` (None: up to the last one now), the oldest first, read page by page."""
+    until = newest(redis, keys) if until is None else until
+    start = "-"
+    while until and (page := redis.entries(keys.dlq, start, until, count=PAGE)):
+        for entry_id, fields in page:
+            yield DeadLetter(entry_id, fields)
+        start = f"({page[-1][0]}"
+
+
 def replay(redis: RedisClient, keys: Keys, letters: Sequence[DeadLetter]) -> list[str]:
-    """Back into the stream with a fresh count of attempts; a letter: OK | NONE | STALE | FOREIGN (cannot be replayed). Safe to repeat."""
+    """Back into the stream with a fresh count of attempts. Safe to repeat. A letter: OK | NONE (not there any more) |
+    STALE (its mail lives or was done elsewhere: the letter is removed) | FOREIGN (no mail of ours: it cannot be replayed)."""
     ours = [letter for letter in letters if not letter.foreign]
     places = [place_of(keys, letter.fields) for letter in ours]
     sets, number = numbered(place.processed for place in places)
     args: list[str | int] = []
     for letter, place in zip(ours, places, strict=True):
-        args += [letter.id, place.email_id, place.member, number[place.processed]]
-    reply = iter(redis.run("replay", [keys.stream, keys.index, keys.starts, keys.tries, keys.dlq, *sets], args) if ours else [])
+        args += [letter.id, place.email_id, place.member, number[place.processed], place.open_field]
+    reply = iter(
+        redis.run("replay", [keys.stream, keys.index, keys.starts, keys.tries, keys.dlq, keys.open, *sets], args) if ours else []
+    )
     return ["FOREIGN" if letter.foreign else next(reply) for letter in letters]
 
 
 def discard(
     redis: RedisClient, keys: Keys, letters: Sequence[DeadLetter], *, processed_days: float, results_max: int
 ) -> list[str]:
-    """Give letters up for good: their ids count as processed, so the mail will not come back. A letter: OK | NONE."""
+    """Give letters up for good: their ids count as processed, so the mail will not come back. A letter: OK | NONE | STALE (as `replay`
+    has them). Safe to repeat."""
     places = [
         Place("", "0", keys.processed("", ""), "") if letter.foreign else place_of(keys, letter.fields) for letter in letters
     ]
     sets, number = numbered(place.processed for place in places)
+    steps = [keys.steps(place.email_id) for place in places]
     args: list[str | int] = [round(processed_days * 86_400), results_max]
     for letter, place in zip(letters, places, strict=True):
         args += [letter.id, place.email_id, place.member, number[place.processed], place.open_field]
-    return list(redis.run("discard", [keys.index, keys.dlq, keys.open, keys.results, *sets], args)) if letters else []
+    own = [keys.index, keys.dlq, keys.open, keys.results, keys.stream]
+    return list(redis.run("discard", [*own, *steps, *sets], args)) if letters else []
+
+
+def expire(redis: RedisClient, keys: Keys, *, days: float, processed_days: float, results_max: int, most: int = PAGE) -> int:
+    """Give up to `most` letters up that died more than `days` days ago, by the server's clock; how many. Any worker may call it."""
+    [seconds, _] = redis.call("TIME")
+    before = round((int(seconds) - days * 86_400) * 1000)
+    if before <= 0:
+        return 0
+    old = [DeadLetter(entry_id, fields) for entry_id, fields in redis.entries(keys.dlq, "-", f"({before}", count=most)]
+    answers = discard(redis, keys, old, processed_days=processed_days, results_max=results_max)
+    given_up = answers.count("OK")
+    if given_up:
+        log.warning(
+            "%d dead letters are older than DLQ_DAYS=%g: they are given up, their mail will not come back", given_up, days
+        )
+    return given_up
+
+
+# which errors are one
+
+_FRAME = re.compile(r'  File "(?P<file>.+)", line \d+, in (?P<function>.+)')
+_GROUP_PREFIX = re.compile(r"^ +\| ", re.MULTILINE)
+_LIBRARY = re.compile(r"^<|/(?:site|dist)-packages/|/lib(?:64)?/python\d")
+_FRAMEWORK = re.compile(r"/src/(?:worker|common|mail|imap|auth|monitoring)/\w+\.py$")
+_WITH_NUMBER = re.compile(r"\S+@\S+|\b[0-9a-fA-F]{8,}\b|[-+]?\b\w*\d\w*\b")
+_NUMBERS = re.compile(r"#(?:[.,:/_+-]?#)+")
+GROUP_CHARS = 120
+
+
+def fingerprint(error_type: str, error: str, traceback: str) -> str:
+    """The group of an error, one printable line: `<type> in <file>:<function>`, of the innermost frame that is the user's code (else of
+    the innermost one); without a traceback `<type>: <message>`, its numbers, ids and addresses as #. Pure.
+
+    The same for an error as it was raised and as it was kept; line numbers, chained errors and the message do not matter.
+    """
+    error, traceback = bounded(error, traceback)
+    frames = _frames(error_type, error, traceback)
+    if not frames:
+        words = next((line.strip() for line in error.splitlines() if line.strip()), "")
+        return _plain(f"{error_type}: {_NUMBERS.sub('#', _WITH_NUMBER.sub('#', words))}")
+    own = [frame for frame in frames if not _LIBRARY.search(frame[0]) and not _FRAMEWORK.search(frame[0])]
+    file, function = (own or frames)[-1]
+    parts = file.split("/")
+    name = "/".join(parts[-2:]) if parts[-1] in ("__init__.py", "__main__.py") else parts[-1]
+    return _plain(f"{error_type} in {name}:{function}")
+
+
+def _frames(error_type: str, error: str, traceback: str) -> list[tuple[str, str]]:
+    """(file, function) of the frames of the last exception, the innermost last.
+
+    Read backwards from the last exception's own line, of which the text is known: so a message that looks like a traceback is none.
+    """
+    text = traceback.replace("\\", "/")
+    if "Exception Group Traceback" in text:
+        text = _GROUP_PREFIX.sub("", text)
+    end = text.rfind((f"{error_type}: {error}" if error else error_type).replace("\\", "/"))
+    lines = (text[:end] if end >= 0 else text).split("\n")
+    last = len(lines) - 1
+    if end < 0:  # an error that is not printed as its str(): a SyntaxError, or one whose __str__ fails
+        last = next((number for number in range(last, 0, -1) if _FRAME.match(lines[number - 1])), 0)
+    found = []
+    for line in reversed(lines[:last]):
+        frame = _FRAME.match(line)
+        if frame:
+            found.append((frame["file"], frame["function"]))
+        elif not line.startswith(("    ", "  [Previous line")):
+            break
+    return found[::-1]
+
+
+def _plain(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)[:GROUP_CHARS]
