@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 
@@ -201,10 +202,8 @@ def print_groups(desk: Desk) -> int:
 
 def _whole(letter: DeadLetter) -> dict[str, object]:
     fields: dict[str, object] = dict(letter.fields)
-    try:
+    with suppress(ValueError):
         fields["record"] = json.loads(letter.fields.get("record", "null"))
-    except ValueError:
-        pass
     return {"id": letter.id, "group": letter.group, **fields}
 
 
@@ -277,7 +276,7 @@ def _pages(letters: Iterable[DeadLetter], most: int) -> Iterator[list[DeadLetter
 
 
 def _dies_again(desk: Desk, email_ids: list[str], shutdown: Shutdown) -> str:
-    """Wait until each of these mails is done; why to stop: one died again, there is no verdict in time, somebody asked. "" if all are done."""
+    """Wait until each of these mails is done. Why to stop: one died again, no verdict in time, somebody asked; "" if all are done."""
     deadline = SYSTEM.monotonic() + desk.given.wait.total_seconds()
     waiting = list(email_ids)
     while waiting:
@@ -287,7 +286,8 @@ def _dies_again(desk: Desk, email_ids: list[str], shutdown: Shutdown) -> str:
                 return f"{email_id} died again: python scripts/dlq.py show {place[2:]}"
         waiting = [email_id for email_id, place in zip(waiting, places, strict=True) if place]
         if waiting and SYSTEM.monotonic() > deadline:
-            return f"{len(waiting)} replayed mails are neither done nor dead after {desk.given.wait.total_seconds():g} s (does a worker run?)"
+            seconds = desk.given.wait.total_seconds()
+            return f"{len(waiting)} replayed mails are neither done nor dead after {seconds:g} s (does a worker run?)"
         if waiting and shutdown.wait(LOOK_SECONDS):
             return "stopped as asked"
     return ""

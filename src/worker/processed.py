@@ -29,7 +29,7 @@ class Day:
 
 def days(redis: RedisClient, keys: Keys, account: str | None = None) -> Iterator[Day]:
     """Of all accounts, or of one; in no order. Found by SCAN: work goes on meanwhile, what comes or goes then may be missed."""
-    for key, owner, day in _found(redis, keys, account):
+    for key, owner, day in sets(redis, keys, account):
         mails = int(redis.call("SCARD", key))
         if mails:
             used, seconds = redis.call("MEMORY", "USAGE", key), redis.call("TTL", key)
@@ -43,7 +43,7 @@ def days_of(redis: RedisClient, keys: Keys, email_id: str, candidates: Sequence[
     """
     member, parts = member_of(email_id), split_email_id(email_id)
     account = parts[1] if parts else ""
-    found = candidates if candidates is not None else [day for _, _, day in _found(redis, keys, account)]
+    found = candidates if candidates is not None else [day for _, _, day in sets(redis, keys, account)]
     return sorted(day for day in set(found) if redis.are_members(keys.processed_day(account, day), [member]) == [True])
 
 
@@ -52,8 +52,8 @@ def clear(redis: RedisClient, chosen: Sequence[Day]) -> int:
     return sum(int(redis.call("UNLINK", day.key)) for day in chosen)
 
 
-def _found(redis: RedisClient, keys: Keys, account: str | None) -> Iterator[tuple[str, str, str]]:
-    """(key, account, day), each once: SCAN may name a key twice."""
+def sets(redis: RedisClient, keys: Keys, account: str | None) -> Iterator[tuple[str, str, str]]:
+    """(key, account, day) of the sets of `account`, or of all; each once, though SCAN may name a key twice."""
     seen: set[str] = set()
     cursor = "0"
     while True:
