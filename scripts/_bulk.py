@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from datetime import date, timedelta
 
+import _path  # noqa: F401  # before the project's own modules
 from src.common.clock import Clock
 from src.common.exceptions import ConfigurationError
 from src.common.shutdown import Shutdown

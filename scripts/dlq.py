@@ -12,10 +12,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 
-from _bulk import Pace, Progress, age, agreed, positive, rate, report
-
 import _path  # noqa: F401  # before the project's own modules
+from _bulk import Pace, Progress, age, agreed, positive, rate, report
 from config.settings import Settings, SettingsError, load_settings
+from src.common import logging_config
 from src.common.batch import split
 from src.common.clock import SYSTEM
 from src.common.embedded import open_redis
@@ -315,6 +315,7 @@ def main() -> int:
     given = arguments().parse_args()
     try:
         settings = load_settings()
+        logging_config.configure(settings.run.log_format, "ERROR")
         keys, shutdown = Keys(settings.stream.name), Shutdown()
         with open_redis(settings, shutdown) as redis:
             desk = Desk(settings, redis, keys, given, dlq.newest(redis, keys))

@@ -8,10 +8,10 @@ import sys
 from dataclasses import asdict
 from datetime import date
 
-from _bulk import agreed, day, report
-
 import _path  # noqa: F401  # before the project's own modules
+from _bulk import agreed, day, report
 from config.settings import Settings, SettingsError, load_settings
+from src.common import logging_config
 from src.common.clock import SYSTEM
 from src.common.embedded import open_redis
 from src.common.exceptions import ConfigurationError, IngestionError
@@ -77,7 +77,8 @@ def clear(redis: RedisClient, keys: Keys, given: argparse.Namespace, settings: S
         report({"cleared": 0, **totals}, f"no finished mail before {given.before}: nothing to do")
         return 0
     span = f"{chosen[0].day} to {chosen[-1].day}"
-    question = f"Forget {totals['mails']:,} finished mails of {len(chosen)} sets ({span})? {_warning(settings, (today - given.before).days)}"
+    warning = _warning(settings, (today - given.before).days)
+    question = f"Forget {totals['mails']:,} finished mails of {len(chosen)} sets ({span})? {warning}"
     if not agreed(question, yes=given.yes):
         print("nothing was changed", file=sys.stderr)
         return 1
@@ -88,12 +89,12 @@ def clear(redis: RedisClient, keys: Keys, given: argparse.Namespace, settings: S
 
 def _warning(settings: Settings, days_ago: int) -> str:
     days = settings.stream.processed_days
-    text = "Such mail would be handled again if it were read again (--resync-from, a new UIDVALIDITY, a state that is lost)."
-    if days_ago < days:
-        return (
-            f"{text} The producer leaves unknown mail alone only beyond PROCESSED_DAYS={days:g}: lower that to {days_ago} first."
-        )
-    return f"{text} The producer leaves unknown mail beyond PROCESSED_DAYS={days:g} alone, unless --resync-from asks for it."
+    if days_ago >= days:
+        return f"The producer takes mail older than PROCESSED_DAYS={days:g} for finished, unless --resync-from asks for it."
+    return (
+        "Such mail is handled again when it is read again, and the producer looks at the end of each folder again every "
+        f"RELIST_INTERVAL. What is older than PROCESSED_DAYS={days:g} it takes for finished: lower that to {max(1, days_ago)} first."
+    )
 
 
 def _totals(found: list[Day]) -> dict[str, int]:
@@ -104,6 +105,7 @@ def main() -> int:
     given = arguments().parse_args()
     try:
         settings = load_settings()
+        logging_config.configure(settings.run.log_format, "ERROR")
         keys = Keys(settings.stream.name)
         with open_redis(settings, Shutdown()) as redis:
             if given.command == "count":

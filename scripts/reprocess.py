@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from _bulk import Pace, Progress, agreed, day, rate, report
-
 import _path  # noqa: F401  # before the project's own modules
+from _bulk import Pace, Progress, agreed, day, rate, report
 from config.accounts import load_accounts
 from config.settings import Settings, SettingsError, load_settings
 from src.common import logging_config
@@ -306,7 +305,7 @@ def main() -> int:
         parser.error("--since is after --until")
     try:
         settings, shutdown = load_settings(), Shutdown()
-        logging_config.configure(settings.run.log_format, "WARNING")
+        logging_config.configure(settings.run.log_format, "ERROR")
         with open_redis(settings, shutdown) as redis:
             return act(settings, redis, given, shutdown)
     except (SettingsError, IngestionError) as error:
