@@ -91,6 +91,9 @@ class StreamSettings(Section):
         description="Unfinished mails at which intake waits; nothing is ever trimmed. Backfill uses a tenth.",
     )
     dlq_max: int = Field(10_000, alias="DLQ_MAX", ge=1, description="Dead letters at which workers stop reading and say so.")
+    dlq_days: Positive = Field(
+        90, alias="DLQ_DAYS", description="Days after which a dead letter is given up (discarded): its mail will not come back."
+    )
     results_max: int = Field(100_000, alias="RESULTS_MAX", ge=1, description="About how many results are kept.")
     results_days: Positive = Field(7, alias="RESULTS_DAYS", description="Days a result is kept.")
     result_max_bytes: int = Field(

@@ -212,7 +212,7 @@ class TokenSource:
         except ConfigurationError as error:
             return {"method": "oauth2", "error": str(error)}
         now = self._clock.wall()
-        age = _days_since(token.obtained_at, now)
+        age = days_since(token.obtained_at, now)
         return {
             "method": "oauth2",
             "consented": token.obtained_at,

@@ -71,7 +71,7 @@ class Keys:
 
     @cached_property
     def results(self) -> str:
-        """Stream of {email_id, outcome, result}: a bounded log."""
+        """Stream of {email_id, outcome, result, …}: a bounded log."""
         return f"{self.stream}:results"
 
     def steps(self, email_id: str) -> str:
@@ -88,12 +88,24 @@ class Keys:
         """Hash name → `<ms of the last heartbeat>|<JSON>`: the daemons at work (`src.common.registry`)."""
         return f"{self.stream}:daemons"
 
+    def run(self, name: str) -> str:
+        """Set of the email_ids that a run of `scripts/reprocess.py` brought back."""
+        return f"{self.stream}:run:{name}"
+
     def processed(self, account: str, internal_date: str) -> str:
         """Set of the members (see `src.mail.record.member_of`) of finished mail: one per account and INTERNALDATE day.
 
         `internal_date`: ISO 8601 in UTC, or "" where the server gave none.
         """
-        return f"{self.stream}:processed:{account}:{day_of(internal_date)}"
+        return self.processed_day(account, day_of(internal_date))
+
+    def processed_day(self, account: str, day: str) -> str:
+        """The same of a day as it stands in the key: YYYYMMDD, or `undated`."""
+        return f"{self.stream}:processed:{account}:{day}"
+
+    def processed_pattern(self, account: str | None = None) -> str:
+        """For SCAN: the sets of `account`, or of all. Those of an account whose name goes on with a colon match too."""
+        return f"{escaped(self.stream)}:processed:{'*' if account is None else escaped(account)}:*"
 
     def bytes_read(self, account: str, moment: str) -> str:
         """Counter of the bytes read from `account` on the day of `moment` (ISO 8601, UTC)."""
@@ -110,3 +122,8 @@ def day_of(internal_date: str) -> str:
 
 def open_field(account: str, mailbox: str, internal_date: str) -> str:
     return f"{account}|{mailbox}|{day_of(internal_date)}"
+
+
+def escaped(text: str) -> str:
+    """`text` as it stands in a glob pattern of SCAN."""
+    return "".join(f"\\{char}" if char in "*?[]\\^" else char for char in text)

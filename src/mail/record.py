@@ -407,6 +407,12 @@ class Email:
         return self.record.traceparent
 
 
+def sent_by(from_: str, wanted: str) -> bool:
+    """Whether a stream entry's `from` is the address `wanted`, or of its domain where that begins with @. Case does not matter."""
+    address = (from_.rpartition("<")[2].removesuffix(">") if from_.endswith(">") else from_).casefold()
+    return address.endswith(wanted.casefold()) if wanted.startswith("@") else address == wanted.casefold()
+
+
 # --- ids ---------------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from src.common.clock import iso
 from src.common.exceptions import ConfigurationError, DiskUnavailable
-from src.common.keys import Keys, MailboxKeys, open_field
+from src.common.keys import Keys, MailboxKeys, escaped, open_field
 from src.common.redis_client import RedisClient
 from src.mail.record import member_of
 from src.producer.plan import Marker, State, oldest_open
@@ -253,8 +253,3 @@ def _state(known: Sequence[str]) -> State | None:
     if not (uidvalidity.isdigit() and last_uid.isdigit()):
         return None
     return State(int(uidvalidity), int(last_uid), boundary, int(horizon or 0), complete == "1", int(passed or 0), int(floor or 0))
-
-
-def escaped(text: str) -> str:
-    """`text` as it stands in a glob pattern of SCAN."""
-    return "".join(f"\\{char}" if char in "*?[]\\^" else char for char in text)

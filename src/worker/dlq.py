@@ -156,7 +156,8 @@ def replay(redis: RedisClient, keys: Keys, letters: Sequence[DeadLetter]) -> lis
 def discard(
     redis: RedisClient, keys: Keys, letters: Sequence[DeadLetter], *, processed_days: float, results_max: int
 ) -> list[str]:
-    """Give letters up for good: their ids count as processed, so the mail will not come back. Safe to repeat. A letter: OK | NONE | STALE."""
+    """Give letters up for good: their ids count as processed, so the mail will not come back. A letter: OK | NONE | STALE (as `replay`
+    has them). Safe to repeat."""
     places = [
         Place("", "0", keys.processed("", ""), "") if letter.foreign else place_of(keys, letter.fields) for letter in letters
     ]
@@ -204,14 +205,16 @@ def fingerprint(error_type: str, error: str, traceback: str) -> str:
     """
     error, traceback = bounded(error, traceback)
     frames = _frames(error_type, error, traceback)
+    kind = error_type or "unknown"
     if not frames:
         words = next((line.strip() for line in error.splitlines() if line.strip()), "")
-        return _plain(f"{error_type}: {_NUMBERS.sub('#', _WITH_NUMBER.sub('#', words))}")
+        words = _NUMBERS.sub("#", _WITH_NUMBER.sub("#", words))
+        return _plain(f"{kind}: {words}" if words else kind)
     own = [frame for frame in frames if not _LIBRARY.search(frame[0]) and not _FRAMEWORK.search(frame[0])]
     file, function = (own or frames)[-1]
     parts = file.split("/")
     name = "/".join(parts[-2:]) if parts[-1] in ("__init__.py", "__main__.py") else parts[-1]
-    return _plain(f"{error_type} in {name}:{function}")
+    return _plain(f"{kind} in {name}:{function}")
 
 
 def _frames(error_type: str, error: str, traceback: str) -> list[tuple[str, str]]:

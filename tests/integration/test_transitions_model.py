@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from src.common.keys import Keys, open_field
 from src.common.redis_client import RedisClient
 from src.mail.record import gmail_email_id, member_of
+from src.producer import reprocess
 from src.producer.plan import State
 from src.producer.state_manager import Identity, Lease, Mail, StateManager
 from src.worker import dlq, idempotency, recovery
@@ -296,6 +297,32 @@ class LifeOfMail(RuleBasedStateMachine):
         answers = dlq.discard(self.redis, self.keys, letters, processed_days=1, results_max=1000)
         assert answers == [self.model.discard(letter.id) for letter in letters]
 
+    @rule(most=st.integers(1, 3))
+    def expire(self, most: int) -> None:
+        """Everything that is dead by now is old enough (days: less than none)."""
+        given_up = dlq.expire(self.redis, self.keys, days=-1, processed_days=1, results_max=1000, most=most)
+        assert given_up == self.model.expire(most)
+
+    # the done
+
+    @precondition(lambda self: self.seen)
+    @rule(data=st.data(), run=st.sampled_from(["a", "b"]))
+    def bring_back(self, data: st.DataObject, run: str) -> None:
+        """Mails in whatever state; then the same call again, whose reply was lost."""
+        mails = data.draw(st.lists(self._old_or_next(), min_size=1, max_size=3, unique_by=lambda fields: fields["email_id"]))
+        entries = [{**fields, "replays": "1"} for fields in mails]
+        expected = []
+        answers = reprocess.bring_back(self.redis, self.keys, run, entries, most_live=MOST_LIVE)
+        made = iter(self._new_entries())
+        for fields in mails:
+            expected.append(self.model.bring_back(run, fields["email_id"], most_live=MOST_LIVE))
+            if expected[-1] == "OK":
+                self.model.brought_back(run, fields["email_id"], next(made))
+        assert answers == expected
+        again = [self.model.bring_back(run, fields["email_id"], most_live=MOST_LIVE) for fields in mails]
+        assert reprocess.bring_back(self.redis, self.keys, run, entries, most_live=MOST_LIVE) == again
+        assert self._new_entries() == []
+
     # what holds after each step
 
     @invariant()
@@ -338,7 +365,8 @@ class LifeOfMail(RuleBasedStateMachine):
         assert all([mail in unfinished, mail in dead, mail in done].count(True) == 1 for mail in self.ever), (
             "in exactly one place"
         )
-        assert books.done + books.discarded == Counter(done), "results exactly once"
+        lives = Counter(done) + self.model.lives
+        assert books.done + books.discarded == lives, "a result for each life, exactly once"
         assert len(books.dead) == len(books.reasons), "one letter a mail"
         assert books.open == Counter(DAYS[mail] for mail in unfinished | dead), "open counts what is unfinished or dead"
         assert not books.pending & books.due, "in flight or waiting, not both"
@@ -419,6 +447,12 @@ MUTANTS = (
     Mutant("fail", "if mail.verb ~= 'crash' then", "if true then"),
     Mutant("promote", "'^%d+|(%d+)')) + 1", "'^%d+|(%d+)'))"),
     Mutant("recover", "'IDLE', ARGV[3],", "'IDLE', 0,"),
+    Mutant("replay", "redis.call('XDEL', KEYS[5], dead)\n    answer[#answer + 1] = 'OK'", "answer[#answer + 1] = 'OK'"),
+    Mutant("discard", "redis.call('SADD', set, ARGV[i + 2]) == 0", "false"),
+    Mutant("reprocess", "if redis.call('SISMEMBER', KEYS[4], mail.id) == 1 then", "if false then"),
+    Mutant("reprocess", "elseif location then", "elseif false then"),
+    Mutant("reprocess", "elseif redis.call('SISMEMBER', mail.set, mail.member) == 0 then", "elseif false then"),
+    Mutant("reprocess", "redis.call('SREM', mail.set, mail.member)"),
     Mutant("release", "if owned[sid] == count then", "if true then"),
     Mutant("renew", "owned[ARGV[i]] == ARGV[i + 1] and mine or lost", "mine"),
 )
@@ -433,8 +467,13 @@ MORE_MUTANTS = (
     Mutant("fail", "if mail.verb ~= 'postpone' then", "if true then"),
     Mutant("promote", "redis.call('ZREM', KEYS[4], member)"),
     Mutant("recover", "if not busy[entry[1]] and", "if"),
-    Mutant("replay", "redis.call('XDEL', KEYS[5], dead)\n    answer[#answer + 1] = 'OK'", "answer[#answer + 1] = 'OK'"),
-    Mutant("discard", "redis.call('SADD', set, ARGV[i + 2])"),
+    Mutant("replay", "elseif location and not here and stands(KEYS[1], KEYS[5], location) then", "elseif location then"),
+    Mutant("discard", "if redis.call('HINCRBY', KEYS[3], open, -1) <= 0 then redis.call('HDEL', KEYS[3], open) end"),
+    Mutant("discard", "redis.call('HDEL', KEYS[1], email_id)"),
+    Mutant("discard", "redis.call('XDEL', KEYS[2], dead)\n    answer[#answer + 1] = verdict", "answer[#answer + 1] = verdict"),
+    Mutant("reprocess", "elseif redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then", "elseif false then"),
+    Mutant("reprocess", "redis.call('HINCRBY', KEYS[3], mail.open, 1)"),
+    Mutant("reprocess", "redis.call('SADD', KEYS[4], mail.id)"),
     Mutant("reap", "consumer.pending == 0 and"),
 )
 

@@ -194,7 +194,7 @@ def test_dlq_max(pipeline: Pipeline) -> None:
         seen = worker.output().count("not reading: 5 dead letters")
         until(lambda: worker.output().count("not reading: 5 dead letters") > seen + 3, DEADLINE, "it stays so")
         pipeline.assert_accounted(dead=dict.fromkeys(dead, "permanent"), waiting=waiting)
-        dlq(pipeline, "discard", "--all")
+        dlq(pipeline, "discard", "--all", "--yes")
         pipeline.wait_until_settled()
         worker.wait_for("reading again")
     pipeline.assert_accounted(discarded=dead)

@@ -45,7 +45,8 @@ class Model:
 
     `entries` in stream order. `index`, `starts`, `tries` by email_id.
     `starts`: (solo starts, tag of the unfinished start). `tries`: (failed attempts, last delivery count).
-    `letters`: dead-letter id → (email_id, reason).
+    `letters`: dead-letter id → (email_id, reason). `runs`: what each run of reprocess brought back; `lives`: how often a
+    mail came back after it was done.
     """
 
     days: dict[str, str]
@@ -58,6 +59,8 @@ class Model:
     results: Counter[tuple[str, str]] = field(default_factory=Counter)
     processed: set[str] = field(default_factory=set)
     open: Counter[str] = field(default_factory=Counter)
+    runs: dict[str, set[str]] = field(default_factory=dict)
+    lives: Counter[str] = field(default_factory=Counter)
 
     def in_place(self, place: str) -> list[str]:
         return [sid for sid, entry in self.entries.items() if entry.place == place]
@@ -220,6 +223,28 @@ class Model:
             self.results[mail, "discarded"] += 1
             self._count(mail, -1)
         return "OK"
+
+    def expire(self, most: int) -> int:
+        """The oldest letters, given up; how many."""
+        return [self.discard(letter) for letter in sorted(self.letters, key=stream_order)[:most]].count("OK")
+
+    # the done
+
+    def bring_back(self, run: str, mail: str, *, most_live: int) -> str:
+        """OK is followed by `brought_back` with the id of the entry."""
+        if mail in self.runs.get(run, ()):
+            return "ALREADY"
+        if mail in self.index:
+            return "DEAD" if self.index[mail].startswith("D:") else "LIVE"
+        if mail not in self.processed:
+            return "UNKNOWN"
+        return "FULL" if len(self.entries) >= most_live else "OK"
+
+    def brought_back(self, run: str, mail: str, sid: str) -> None:
+        self.runs.setdefault(run, set()).add(mail)
+        self.lives[mail] += 1
+        self.processed.discard(mail)
+        self.published(mail, sid)
 
     def _count(self, mail: str, change: int) -> None:
         self.open[self.days[mail]] += change

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from src.common.exceptions import ScriptRefused
 from src.worker import dlq, recovery
 from src.worker.delivery import Delivery
 from src.worker.dlq import DeadLetter, Failed, Failure, fail
@@ -379,9 +378,35 @@ def test_each_letter_of_a_batch_is_replayed_by_its_own_verdict(store: Store) -> 
     )
     letters = dlq.look(store.redis, store.keys)
     store.redis.call("XDEL", store.keys.dlq, "2-0")
+    store.add("9-0", fields_of(M3))
     store.redis.call("HSET", store.keys.index, M3, "S:9-0")
     assert replayed(store, letters) == ["OK", "NONE", "STALE"]
-    assert store.content()["stream"] == {"#1": M1}
+    assert store.content() == {
+        "stream": {"9-0": M3, "#1": M1},
+        "index": {M1: "S:#1", M2: "D:2-0", M3: "S:9-0"},
+        "open": {DAY: "3"},
+    }
+
+
+def test_a_letter_known_to_no_index_is_replayed_and_counted(store: Store) -> None:
+    """Whatever lost the index entry: the mail comes back, known and counted as unfinished."""
+    store.put({"dlq": [(M1, "old", "1")]})
+    assert replayed(store, dlq.look(store.redis, store.keys)) == ["OK"]
+    assert store.content() == {"stream": {"#1": M1}, "index": {M1: "S:#1"}, "open": {DAY: "1"}}
+
+
+def test_a_letter_is_replayed_where_the_index_names_an_entry_that_is_gone(store: Store) -> None:
+    """The letter is the only copy of its mail: it is not removed, and counted once."""
+    store.put({"dlq": [(M1, "old", "1")], "index": {M1: "S:9-0"}, "open": {DAY: "1"}})
+    assert replayed(store, dlq.look(store.redis, store.keys)) == ["OK"]
+    assert store.content() == {"stream": {"#1": M1}, "index": {M1: "S:#1"}, "open": {DAY: "1"}}
+
+
+def test_a_stale_letter_leaves_no_index_entry_and_no_count(store: Store) -> None:
+    """Its mail was done elsewhere although the index named the letter."""
+    store.put(DEAD | {"processed": {DONE: {"1"}}, "open": {DAY: "2"}})
+    assert replayed(store, dlq.look(store.redis, store.keys)) == ["STALE"]
+    assert store.content() == {"processed": {DONE: {"1"}}, "open": {DAY: "1"}}
 
 
 # discard
@@ -421,11 +446,35 @@ def test_discard_after_replay_leaves_the_replayed_mail(store: Store) -> None:
 
 
 def test_a_letter_whose_mail_lives_cannot_discard_it(store: Store) -> None:
-    """The index names an entry: its id must not count as processed, or the living mail would be dropped as a duplicate."""
-    before: Content = {"stream": {"1-0": M1}, "index": {M1: "S:1-0"}, "dlq": [(M1, "old", "1")], "open": {DAY: "1"}}
-    store.put(before)
-    assert discarded(store, dlq.look(store.redis, store.keys)) == ["NONE"]
-    assert store.content() == before
+    """The index names an entry: its id must not count as processed, or the living mail would be dropped. The letter goes."""
+    lives: Content = {"stream": {"1-0": M1}, "index": {M1: "S:1-0"}, "open": {DAY: "1"}}
+    store.put(lives | {"dlq": [(M1, "old", "1")]})
+    assert discarded(store, dlq.look(store.redis, store.keys)) == ["STALE"]
+    assert store.content() == lives
+
+
+def test_a_letter_whose_mail_was_done_is_no_second_result(store: Store) -> None:
+    """Its id stands among the processed ones already: nothing is written, index entry and count go."""
+    store.put(DEAD | {"processed": {DONE: {"1"}}})
+    assert discarded(store, dlq.look(store.redis, store.keys)) == ["STALE"]
+    assert store.content() == {"processed": {DONE: {"1"}}}
+
+
+@pytest.mark.parametrize("index", [None, {M1: "S:9-0"}], ids=["none", "dangling"])
+def test_a_letter_known_to_no_index_is_discarded(store: Store, index: dict[str, str] | None) -> None:
+    """Whatever lost the index entry: its id counts as processed, the letter is gone, no count falls below what stands."""
+    store.put({"dlq": [(M1, "old", "1")], "index": index, "open": {DAY: "1"} if index else None})
+    assert discarded(store, dlq.look(store.redis, store.keys)) == ["OK"]
+    assert store.content() == {"processed": {DONE: {"1"}}, "results": [(M1, "discarded", "{}")]}
+
+
+def test_discarding_forgets_the_steps_of_the_mail(store: Store) -> None:
+    """What `context.once` kept for M1 goes with it, that of another mail stays."""
+    store.put({"dlq": [(M1, "why", "1"), (M2, "why", "1")], "index": {M1: "D:1-0", M2: "D:2-0"}, "open": {DAY: "2"}})
+    for email_id in (M1, M2):
+        store.redis.call("HSET", store.keys.steps(email_id), "step", "{}")
+    assert discarded(store, dlq.look(store.redis, store.keys)[:1]) == ["OK"]
+    assert [store.redis.call("EXISTS", store.keys.steps(email_id)) for email_id in (M1, M2)] == [0, 1]
 
 
 def test_nothing_to_replay_or_discard_asks_nothing(store: Store) -> None:
@@ -435,11 +484,81 @@ def test_nothing_to_replay_or_discard_asks_nothing(store: Store) -> None:
 
 
 def test_a_letter_too_wide_to_replay_is_refused_and_stays(store: Store) -> None:
-    """Written by somebody else into the dead letters: nothing is lost, the others are not held (mail by mail)."""
+    """Written by somebody else into the dead letters: nothing is lost, the one beside it comes back."""
     store.put(DEAD)
     wide = fields_of(M2) | {f"name{number}": "value" for number in range(9000)}
     store.redis.call("XADD", store.keys.dlq, "2-0", *flat(wide), "dead_reason", "why", "dead_attempts", "1")
     letters = dlq.look(store.redis, store.keys)
-    with pytest.raises(ScriptRefused):
-        replayed(store, letters[1:])
-    assert store.content()["dlq"] == [(M1, "attempts", "8"), (M2, "why", "1")]
+    assert replayed(store, letters) == ["OK", "FOREIGN"]
+    assert store.content()["dlq"] == [(M2, "why", "1")]
+
+
+def test_a_letter_without_a_mail_in_it_can_be_looked_at_and_discarded(store: Store) -> None:
+    """Somebody's own XADD into the dead letters holds up nobody."""
+    store.redis.call("XADD", store.keys.dlq, "2-0", "hello", "world")
+    [letter] = dlq.look(store.redis, store.keys)
+    assert (letter.foreign, letter.email_id) == (True, "foreign:2-0")
+    assert replayed(store, [letter]) == ["FOREIGN"]
+    assert discarded(store, [letter]) == ["OK"]
+    assert store.redis.length(store.keys.dlq) == 0
+
+
+# what expires
+
+
+def aged(store: Store, days: list[float]) -> None:
+    """A dead letter of mail n that died days[n - 1] days ago by the server's clock."""
+    now = int(store.redis.call("TIME")[0]) * 1000
+    for number, ago in sorted(enumerate(days, start=1), key=lambda item: -item[1]):
+        letter, email_id = f"{round(now - ago * 86_400_000)}-{number}", f"gm:a:{number}"
+        notes = {"dead_reason": "why", "dead_attempts": "1"}
+        store.redis.call("XADD", store.keys.dlq, letter, *flat(fields_of(email_id, **notes)))
+        store.redis.call("HSET", store.keys.index, email_id, f"D:{letter}")
+        store.redis.call("HINCRBY", store.keys.open, DAY, 1)
+
+
+def expired(store: Store, most: int = 100) -> int:
+    return dlq.expire(store.redis, store.keys, days=90, processed_days=400, results_max=1000, most=most)
+
+
+def test_what_is_older_than_its_days_is_given_up_as_discarded(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """Letters of 91 and 90.01 days go and count as processed, those of 89.9 and 1 stay; it is said once."""
+    aged(store, [91, 90.01, 89.9, 1])
+    assert expired(store) == 2
+    content = store.content()
+    assert [email_id for email_id, _, _ in content["dlq"]] == [M3, M4]
+    assert content["processed"] == {DONE: {"1", "2"}}
+    assert content["results"] == [(M1, "discarded", "{}"), (M2, "discarded", "{}")]
+    assert content["open"] == {DAY: "2"}
+    assert expired(store) == 0
+    assert [record.message for record in caplog.records] == [
+        "2 dead letters are older than DLQ_DAYS=90: they are given up, their mail will not come back"
+    ]
+
+
+def test_one_call_gives_up_no_more_than_it_may(store: Store) -> None:
+    """Three old letters, two at a time."""
+    aged(store, [100, 101, 102])
+    assert [expired(store, most=2) for _ in range(3)] == [2, 1, 0]
+
+
+# finding letters
+
+
+def test_letters_are_found_by_letter_id_and_by_mail(store: Store) -> None:
+    """Also a foreign one, which stands in no index; what is not there is left out, two names of one letter are both answered."""
+    store.put({"dlq": [(M1, "why", "1"), (M2, "why", "1")], "index": {M1: "D:1-0", M2: "D:2-0", M3: "S:3-0"}})
+    store.redis.call("XADD", store.keys.dlq, "3-0", "hello", "world", "dead_id", "foreign:7-0")
+    found = dlq.find(store.redis, store.keys, ["1-0", M1, M2, "foreign:7-0", "9-0", M3, "nonsense"])
+    assert {name: letter.id for name, letter in found.items()} == {"1-0": "1-0", M1: "1-0", M2: "2-0", "foreign:7-0": "3-0"}
+    assert dlq.find(store.redis, store.keys, []) == {}
+
+
+def test_letters_that_come_meanwhile_are_left_alone(store: Store) -> None:
+    """`letters` ends with the one that was the newest when it began, over pages of any size."""
+    store.put({"dlq": [(f"gm:a:{number}", "why", "1") for number in range(1, 251)]})
+    seen = []
+    for letter in dlq.letters(store.redis, store.keys):
+        seen.append(letter.id)
+        store.redis.call("XADD", store.keys.dlq, "*", "hello", "world")
+    assert seen == [f"{number}-0" for number in range(1, 251)]

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from src.common.exceptions import ConfigurationError, DiskUnavailable, ScriptRefused
+from src.common.keys import escaped
 from src.producer.plan import Marker, State
-from src.producer.state_manager import Held, Identity, Lease, Mail, MarkerFile, Published, StateManager, escaped
+from src.producer.state_manager import Held, Identity, Lease, Mail, MarkerFile, Published, StateManager
 from tests.support.fake import DAY, DONE, Store, fields_of, flat
 
 NOW = datetime(2026, 2, 1, tzinfo=UTC)
