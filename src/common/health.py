@@ -76,6 +76,13 @@ def intake_reasons(redis: str, mailboxes: Mapping[str, tuple[str, str]]) -> list
     return reasons
 
 
+def work_reasons(redis: str, joined: bool, blocked: str) -> list[str]:
+    """Why a worker takes no mail. `redis`: as above. `joined`: it is in the group. `blocked`: why it does not read, "" if it does."""
+    reasons = [f"Redis: {redis}"] if redis else []
+    reasons += [] if joined else ["the group is not joined yet"]
+    return reasons + ([f"not reading: {blocked}"] if blocked else [])
+
+
 @dataclass(frozen=True)
 class Memory:
     """What Redis says of its memory: bytes used, bytes allowed (0: no limit), and what it does at the limit."""

@@ -47,6 +47,11 @@ def configure(service: str) -> None:
     log.info("spans go to OpenTelemetry (%s) as %s", exporters, name)
 
 
+def enabled() -> bool:
+    """Whether spans are made: who would have to decode a record to name one need not do it for nothing."""
+    return _tracer is not None
+
+
 def end() -> None:
     """Hand on the last spans, as the last step of a daemon."""
     if _provider is not None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from config.routes import Route
 from config.settings import Settings
-from src.common import logging_config
+from src.common import logging_config, tracing
 from src.common.archive import open_archive
 from src.common.exceptions import BreakerOpen, ConfigurationError, LeaseLost
 from src.worker.context import Services
@@ -175,6 +175,7 @@ def _main(connection: Connection, lifeline: Connection, settings: Settings, rout
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with(lifeline)
     logging_config.configure(settings.run.log_format, settings.run.log_level)
+    tracing.configure("email-worker")
     place = settings.run.raw_archive
     archive = open_archive(place.get_secret_value() if place else None, settings.run.data_dir)
     try:

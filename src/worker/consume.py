@@ -50,6 +50,7 @@ class Consumer:
     def __post_init__(self) -> None:
         self.settled = threading.Condition()
         self._in_flight: dict[str, Delivery] = {}
+        self._since: dict[str, float] = {}  # when each of them became ours
         self._unbegun: list[Delivery] = []
         self._suspects: deque[Delivery] = deque()
         self._alone = ""  # stream id of the suspect that runs, "" if none does
@@ -66,6 +67,12 @@ class Consumer:
     def in_flight(self) -> int:
         with self.settled:
             return len(self._in_flight)
+
+    def oldest(self) -> float:
+        """For how many seconds the mail that is longest in flight has been ours; 0.0 if none is."""
+        with self.settled:
+            first = min(self._since.values(), default=None)
+        return 0.0 if first is None else self.clock.monotonic() - first
 
     def at_work(self) -> int:
         """How many mails take a handler's place now: not those that wait to run alone or to be begun, nor the one that runs alone."""
@@ -171,8 +178,10 @@ class Consumer:
     def _taken(self, mails: Sequence[Delivery]) -> None:
         """From the moment it is delivered a mail is ours: to renew, and to begin until each was judged, whatever call fails."""
         self._unbegun += mails
+        now = self.clock.monotonic() if mails else 0.0
         with self.settled:
             self._in_flight.update((mail.stream_id, mail) for mail in mails)
+            self._since.update((mail.stream_id, now) for mail in mails)
 
     def _drop(self, mails: Sequence[Delivery]) -> None:
         with self.settled:
@@ -180,7 +189,7 @@ class Consumer:
                 held = self._in_flight.get(mail.stream_id)
                 if held is None or held.count != mail.count:
                     continue  # a late answer about a mail that went to others and came back: what is here now goes on
-                del self._in_flight[mail.stream_id]
+                del self._in_flight[mail.stream_id], self._since[mail.stream_id]
                 if mail.stream_id == self._alone:
                     self._alone = ""
             self.settled.notify_all()

@@ -10,23 +10,28 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from config.routes import Route
 from config.settings import Settings
+from src import VERSION
+from src.common import tracing
 from src.common.archive import open_archive
 from src.common.batch import Batcher
-from src.common.circuit_breaker import Breakers, Rules
-from src.common.clock import Clock
+from src.common.circuit_breaker import Breakers, rules_of
+from src.common.clock import Clock, iso
 from src.common.exceptions import ArchiveUnavailable, GroupMissing, Transient
-from src.common.health import Beats, liveness
+from src.common.health import Beats, Page, liveness, readiness, work_reasons
 from src.common.keys import Keys
-from src.common.redis_client import RedisClient
+from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
+from src.common.registry import Registration
 from src.common.retry import retry_on_redis_error
 from src.common.shutdown import Shutdown
+from src.common.watch import Watch
 from src.monitoring import endpoint
-from src.worker import recovery
+from src.worker import dlq, recovery
 from src.worker.child import Child
 from src.worker.consume import Consumer
 from src.worker.delivery import Seat
@@ -67,10 +72,7 @@ class Worker:
         place = settings.run.raw_archive
         self.archive = open_archive(place.get_secret_value() if place else None, settings.run.data_dir)
         terms = Terms(random.random, settings.stream.result_max_bytes, self.archive.get if self.archive else None)
-        rules = settings.breakers
-        self.breakers = Breakers(
-            Rules(rules.failures, rules.rate, rules.window, rules.open_seconds, rules.open_cap), clock.monotonic, random.random
-        )
+        self.breakers = Breakers(rules_of(settings.breakers), clock.monotonic, random.random)  # those that handlers name
 
         def again(call: Callable[[], Any]) -> Any:
             return retry_on_redis_error(shutdown)(call)()
@@ -82,6 +84,13 @@ class Worker:
         self.runners = Runners(self.consumer, self.settler.put, new_child, work.isolation == "process", shutdown, clock)
         self.consumer.alone_ready = self.runners.suspects.ready
         self.stopped = threading.Event()
+        self.joined = False
+        self.began = clock.monotonic()
+        redis.breaker = Breakers(rules_of(settings.breakers), clock.monotonic, random.random).get(
+            "Redis", counts=is_away, open_cap=REDIS_OPEN_SECONDS
+        )
+        self.me = Registration("worker", name, "", VERSION, socket.gethostname(), os.getpid(), iso(clock.wall()))
+        self.watch: Watch | None = None
 
     def run(self) -> None:
         """Work until the shutdown is requested, then end in order."""
@@ -106,7 +115,9 @@ class Worker:
         shutdown.add_step(35, "processes", self.runners.end)
         shutdown.add_step(40, "release", self._release)
         shutdown.add_step(50, "side threads", self.stopped.set)
+        shutdown.add_step(55, "registration", watch.stop)
         shutdown.add_step(60, "endpoint", stop_endpoint)
+        shutdown.add_step(70, "spans", tracing.end)
 
         while not shutdown.wait(settings.run.stats_interval):
             self._report()
@@ -123,6 +134,39 @@ class Worker:
                 self.archive.check()
         except ArchiveUnavailable as error:
             log.warning("raw mail: %s", error)
+
+    # what its endpoint says
+
+    def health(self) -> Page:
+        return liveness(self.beats.seen(), self.clock.monotonic(), self._degraded())
+
+    def ready(self) -> Page:
+        away = self.watch.away if self.watch else "not asked yet"
+        return readiness(work_reasons(away, self.joined, self.consumer.blocked))
+
+    def status(self) -> Page:
+        consumer, handlers = self.consumer, self.consumer.handlers.all
+        return 200, {
+            **asdict(self.me),
+            "uptime_seconds": round(self.clock.monotonic() - self.began, 1),
+            "health": self.health()[1]["status"],
+            "ready": self.ready()[1]["ready"],
+            "why": self._degraded(),
+            "stream": self.seat.keys.stream,
+            "group": self.seat.group,
+            "handlers": [handler.spec for handler in handlers],
+            "isolation": self.settings.work.isolation,
+            "in_flight": consumer.in_flight(),
+            "oldest_in_flight_seconds": round(consumer.oldest(), 1),
+            "counts": dict(consumer.counts),
+            "breakers": self.breakers.snapshot(),
+            "redis": self.watch.server() if self.watch else {},
+        }
+
+    def _degraded(self) -> list[str]:
+        """One sentence for each thing that does not go as it should, though a restart would not help. Redis' high water is intake's."""
+        found = [text for text in self.watch.degraded if text != self.watch.full] if self.watch else []
+        return found + ([f"not reading: {self.consumer.blocked}"] if self.consumer.blocked else [])
 
     # the loops
 
@@ -233,5 +277,17 @@ class Worker:
         )
         try:
             recovery.reap(self.seat)
+            self._expire()
         except Transient as error:
-            log.debug("dead consumers not removed: %s", error)
+            log.debug("dead consumers not removed, or old dead letters not given up: %s", error)
+
+    def _expire(self) -> None:
+        """Dead letters that nobody looked at for DLQ_DAYS."""
+        stream = self.settings.stream
+        self.consumer.counts["expired"] += dlq.expire(
+            self.seat.redis,
+            self.seat.keys,
+            days=stream.dlq_days,
+            processed_days=stream.processed_days,
+            results_max=stream.results_max,
+        )

@@ -14,14 +14,16 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from config.routes import Route
 from config.settings import WorkSettings
+from src.common import tracing
 from src.common.correlation import correlated
 from src.common.exceptions import ConfigurationError, Permanent, SkipEmail
 from src.mail.record import Email
@@ -34,6 +36,7 @@ from src.worker.idempotency import Done
 TRACEBACK_FRAMES = 20
 
 Outcome = Done | Failure
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +126,18 @@ def load_handlers(work: WorkSettings, routes: Sequence[Route]) -> Handlers:
 def _handler(work: WorkSettings, spec: str | None, title: str, route: Route) -> Handler:
     call, kind = load_handler(spec, title)
 
-    def own(name: str) -> Any:
-        value = getattr(route, name)
-        return getattr(work, name) if value is None else value
+    policy = Policy(
+        _first(route.max_attempts, work.max_attempts),
+        _first(route.backoff_base, work.backoff_base),
+        _first(route.backoff_factor, work.backoff_factor),
+        _first(route.backoff_cap, work.backoff_cap),
+        _first(route.backoff_jitter, work.backoff_jitter),
+    )
+    return Handler(route.handler, call, kind, policy, _first(route.timeout, work.handler_timeout))
 
-    policy = Policy(*(own(name) for name in ("max_attempts", "backoff_base", "backoff_factor", "backoff_cap", "backoff_jitter")))
-    return Handler(route.handler, call, kind, policy, route.timeout or work.handler_timeout)
+
+def _first(own: Number | None, common: Number) -> Number:
+    return common if own is None else own
 
 
 def load_handler(spec: str | None, title: str) -> tuple[Callable[..., Any], Literal["plain", "async", "batch"]]:
@@ -208,7 +217,8 @@ def handle(started: Started, services: Services, terms: Terms, deadline: datetim
     email, context = _told(started, services, terms, deadline)
     with correlated(started.delivery.correlation_id):
         try:
-            return done(started, started.handler.call(email, context), terms)
+            with _span(started, email):
+                return done(started, started.handler.call(email, context), terms)
         except BaseException as error:  # noqa: BLE001  # the handler's edge: whatever it raises is its mail's fate
             return settled(started, error, terms)
 
@@ -218,7 +228,8 @@ async def handle_async(started: Started, services: Services, terms: Terms, deadl
     email, context = _told(started, services, terms, deadline)
     with correlated(started.delivery.correlation_id):
         try:
-            return done(started, await started.handler.call(email, context), terms)
+            with _span(started, email):
+                return done(started, await started.handler.call(email, context), terms)
         except BaseException as error:  # noqa: BLE001  # as above
             return settled(started, error, terms)
 
@@ -247,6 +258,15 @@ def _judged(started: Started, verdict: object, terms: Terms) -> Outcome:
         return settled(started, verdict, terms) if isinstance(verdict, BaseException) else done(started, verdict, terms)
     except Permanent as error:
         return settled(started, error, terms)
+
+
+def _span(started: Started, email: Email) -> AbstractContextManager[object]:
+    """A span of the mail's own trace, where somebody collects spans; else nothing, and its record is not decoded for it."""
+    if not tracing.enabled():
+        return nullcontext()
+    delivery = started.delivery
+    attributes = {"email_id": delivery.email_id, "correlation_id": delivery.correlation_id, "handler": started.handler.spec}
+    return tracing.span("handle", email.traceparent, attempt=started.attempts + 1, **attributes)
 
 
 def _told(started: Started, services: Services, terms: Terms, deadline: datetime) -> tuple[Email, Context]:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from config.settings import Settings
 from src.common.archive import ref_of
-from src.common.circuit_breaker import Breakers, Rules
+from src.common.circuit_breaker import Breakers, rules_of
 from src.common.clock import Clock, iso
 from src.common.embedded import existing_redis
 from src.common.exceptions import ConfigurationError
@@ -76,10 +76,7 @@ def print_trial(path: Path, settings: Settings, handlers: Handlers, clock: Clock
     )
     out.write(f"handler   {handler.spec} ({handler.kind})\n")
     out.flush()
-    rules = settings.breakers
-    breakers = Breakers(
-        Rules(rules.failures, rules.rate, rules.window, rules.open_seconds, rules.open_cap), clock.monotonic, random.random
-    )
+    breakers = Breakers(rules_of(settings.breakers), clock.monotonic, random.random)
     terms = Terms(random.random, settings.stream.result_max_bytes, lambda raw_ref: raw)
     services = MemoryServices(breakers)
     began = clock.monotonic()

@@ -38,7 +38,7 @@ WORKERS = ("w0", "w1", "w2")
 NOW = datetime(2026, 1, 31, tzinfo=UTC)
 HOUR = 3600.0
 MOST_LIVE = 10
-POISON_STARTS = 2
+POISON = 5
 LETTERS_SEEN = 12  # how far back replay and discard look: letters that are gone are asked for too
 HANDS_SEEN = 24  # how far back a worker that stood still remembers
 
@@ -72,7 +72,7 @@ class LifeOfMail(RuleBasedStateMachine):
         self.admin.flushall()
         self.keys = Keys("email_ingestion_stream")
         self.seats = {name: Seat(self.redis, self.keys, GROUP, name) for name in WORKERS}
-        self.model = Model(DAYS, POISON_STARTS)
+        self.model = Model(DAYS, POISON)
         self.hands: list[Hand] = []
         self.letters: list[DeadLetter] = []
         self.fields: dict[str, dict[str, str]] = {}
@@ -229,7 +229,7 @@ class LifeOfMail(RuleBasedStateMachine):
         """Those that GO."""
         hands = [hand for hand in hands if not self._mail(hand).startswith("foreign:")]
         mails, started = self._deliveries(hands), []
-        answers = idempotency.begin(self.seats[worker], mails, solo=solo, poison_starts=POISON_STARTS, now=NOW) if mails else []
+        answers = idempotency.begin(self.seats[worker], mails, solo=solo, poison=POISON, now=NOW) if mails else []
         for hand, answer in zip(hands, answers, strict=True):
             expected = self.model.begin(hand, self._mail(hand), solo=solo)
             assert (answer.verdict, answer.attempts) == expected, hand

@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from src.worker.idempotency import DEATH
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -41,7 +43,7 @@ class Hand:
 
 @dataclass
 class Model:
-    """`days`: email_id → its field in `Keys.open`. `poison_starts`: solo starts that never finish before a mail is buried.
+    """`days`: email_id → its field in `Keys.open`. `poison`: suspicion at which a mail is buried.
 
     `entries` in stream order. `index`, `starts`, `tries` by email_id.
     `starts`: (solo starts, tag of the unfinished start). `tries`: (failed attempts, last delivery count).
@@ -50,7 +52,7 @@ class Model:
     """
 
     days: dict[str, str]
-    poison_starts: int
+    poison: int
     entries: dict[str, Entry] = field(default_factory=dict)
     index: dict[str, str] = field(default_factory=dict)
     starts: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -156,7 +158,7 @@ class Model:
         alone, tag = self.starts[mail]
         if tag == hand.tag:
             return "GO"
-        if alone >= self.poison_starts:
+        if alone >= self.poison:
             return "POISON"
         if solo:
             self.starts[mail] = (alone + 1, hand.tag)
@@ -187,8 +189,9 @@ class Model:
             attempts += verb != "postpone"
             self.tries[mail] = (attempts, hand.count)
             self.entries[hand.sid] = replace(self.entries[hand.sid], place="due", owner="")
-            if verb != "crash":
-                self.starts.pop(mail, None)
+            suspicion, tag = self.starts.pop(mail, (0, ""))
+            if verb == "crash":
+                self.starts[mail] = (suspicion + DEATH - 1, tag)
             return ("POSTPONED" if verb == "postpone" else "RETRY"), attempts
         return "DEAD", attempts + 1
 

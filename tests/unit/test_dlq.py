@@ -64,13 +64,13 @@ FAIL = [
         "a crash is a retry whose start stays marked: the mail is a suspect, its next start runs alone",
         "crash",
         Failed("RETRY", 4),
-        {"pending": None, "tries": {M1: "4|2|5000"}, "due": {f"1-0|{M1}"}},
+        {"pending": None, "starts": {M1: "3|1-0:2"}, "tries": {M1: "4|2|5000"}, "due": {f"1-0|{M1}"}},
     ),
     Case(
-        "a crash of a solo start keeps the count of solo starts",
+        "a death of its own process weighs four times a start that ended with the worker",
         "crash",
         Failed("RETRY", 4),
-        {"pending": None, "starts": {M1: "2|1-0:2"}, "tries": {M1: "4|2|5000"}, "due": {f"1-0|{M1}"}},
+        {"pending": None, "starts": {M1: "5|1-0:2"}, "tries": {M1: "4|2|5000"}, "due": {f"1-0|{M1}"}},
         ONE | {"starts": {M1: "2|1-0:2"}},
     ),
     Case(

@@ -274,7 +274,7 @@ def test_the_poison_letter_keeps_the_mail_and_says_why(store: Store) -> None:
     assert letter == fields_of(M1) | {
         "dead_reason": "poison",
         "dead_error_type": "Poison",
-        "dead_error": "started alone 3 times and never finished",
+        "dead_error": "started alone, again and again, in a process of its own that did not live to its end",
         "dead_attempts": "0",
         "dead_at": "2026-02-01T00:00:00Z",
         "dead_worker": "w1",

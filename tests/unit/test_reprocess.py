@@ -83,7 +83,7 @@ def test_the_same_run_brings_a_mail_back_once_whatever_became_of_it(store: Store
     recovery.join(seat)
     [(entry, fields)] = store.redis.read_new(store.keys.stream, GROUP, "w1", count=10, block_ms=1)
     mail = Delivery(entry, 1, fields)
-    assert [answer.verdict for answer in begin(seat, [mail], solo=False, poison_starts=3, now=NOW)] == ["GO"]
+    assert [answer.verdict for answer in begin(seat, [mail], solo=False, poison=3, now=NOW)] == ["GO"]
     assert complete(seat, [Done(mail, "done", "{}")], processed_days=1, results_max=10, results_days=1) == ["OK"]
     assert store.content() == KNOWN | {"results": [(M1, "done", "{}")]}
     assert brought(store, M1) == ["ALREADY"]

@@ -206,7 +206,7 @@ WRONG = [
     ("DEDUP_SCOPE", "global", "'account' or 'mailbox'"),
     ("MAX_MESSAGE_BYTES", "35MB", "valid integer"),
     ("WORKER_HANDLER", "no_colon", "must look like package.module:function"),
-    ("WORKER_HANDLER", "path/to.py:handle", "must look like package.module:function"),
+    ("WORKER_HANDLER", "path/to:handle", "must look like package.module:function"),
     ("WORKER_BLOCK_MS", "8001", "less than or equal to 8000"),
     ("WORKER_CONCURRENCY", "0", "greater than or equal to 1"),
     ("BACKOFF_FACTOR", "0.5", "greater than or equal to 1"),
