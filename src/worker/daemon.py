@@ -95,11 +95,13 @@ class Worker:
     def run(self) -> None:
         """Work until the shutdown is requested, then end in order."""
         shutdown, settings = self.shutdown, self.settings
+        check_policy(self.seat.redis, allow_eviction=settings.redis.allow_eviction)
+        tracing.configure("email-worker")
+        stop_endpoint = self._open_endpoint()
         retry_on_redis_error(shutdown)(recovery.join)(self.seat)
-        listener = endpoint.open_port(settings.run.http_host, settings.run.http_port, FIRST_PORT)
-        hosts = endpoint.allowed_hosts(settings.run.http_host, settings.run.http_allowed_hosts)
-        pages = {"/health": lambda: liveness(self.beats.seen(), self.clock.monotonic())}
-        stop_endpoint = endpoint.serve(listener, pages, hosts, shutdown)
+        self.joined = True
+        self.watch = watch = self._watch()
+        watch.start(settings.redis.socket_timeout)
         settler = shutdown.guard("settler", self.settler.run)
         self.runners.start()
         shutdown.guard("late", self._look_for_late)
@@ -136,6 +138,19 @@ class Worker:
             log.warning("raw mail: %s", error)
 
     # what its endpoint says
+
+    def _open_endpoint(self) -> Callable[[], None]:
+        """Before Redis is needed: a worker that waits for it says so. Returns what ends it."""
+        run = self.settings.run
+        listener = endpoint.open_port(run.http_host, run.http_port, FIRST_PORT)
+        self.me = replace(self.me, address=endpoint.address_of(listener))
+        pages = {"/health": self.health, "/ready": self.ready, "/status": self.status}
+        return endpoint.serve(listener, pages, endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts), self.shutdown)
+
+    def _watch(self) -> Watch:
+        redis = self.settings.redis
+        limits = Limits(redis.memory_high, redis.memory_low, redis.allow_eviction)
+        return Watch(self.seat.redis, self.seat.keys, self.me, limits, self.beats, self.shutdown, self.clock)
 
     def health(self) -> Page:
         return liveness(self.beats.seen(), self.clock.monotonic(), self._degraded())

@@ -265,8 +265,14 @@ def _span(started: Started, email: Email) -> AbstractContextManager[object]:
     if not tracing.enabled():
         return nullcontext()
     delivery = started.delivery
-    attributes = {"email_id": delivery.email_id, "correlation_id": delivery.correlation_id, "handler": started.handler.spec}
-    return tracing.span("handle", email.traceparent, attempt=started.attempts + 1, **attributes)
+    return tracing.span(
+        "handle",
+        email.traceparent,
+        email_id=delivery.email_id,
+        correlation_id=delivery.correlation_id,
+        handler=started.handler.spec,
+        attempt=started.attempts + 1,
+    )
 
 
 def _told(started: Started, services: Services, terms: Terms, deadline: datetime) -> tuple[Email, Context]:
