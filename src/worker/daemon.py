@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
 from src.common.registry import Registration
 from src.common.retry import retry_on_redis_error
 from src.common.shutdown import Shutdown
-from src.common.watch import Watch
+from src.common.watch import Limits, Watch, check_policy
 from src.monitoring import endpoint
 from src.worker import dlq, recovery
 from src.worker.child import Child
