@@ -45,8 +45,12 @@ SHAPES: dict[str, Callable[[int], bytes]] = {
     "nesting": lambda size: filled(nested(170_000), b"x", size),
     "parts": lambda size: filled(MULTIPART, b"--b\n\nx\n", size),
     "parts with a header": lambda size: filled(MULTIPART, b"--b\n" + b"a:\n" * 340 + b"\nx\n", size),
-    "parts with long names": lambda size: filled(MULTIPART, b"--b\nContent-Type: a/b; name*=utf-8''" + b"%aa" * 300 + b"\n\nx\n", size),
-    "parts of deep HTML": lambda size: filled(MULTIPART, b"--b\n" + part("text/html") + b"<b x>" * 499 + b"</p>" * 2_000 + b"\n", size),
+    "parts with long names": lambda size: filled(
+        MULTIPART, b"--b\nContent-Type: a/b; name*=utf-8''" + b"%aa" * 300 + b"\n\nx\n", size
+    ),
+    "parts of deep HTML": lambda size: filled(
+        MULTIPART, b"--b\n" + part("text/html") + b"<b x>" * 499 + b"</p>" * 2_000 + b"\n", size
+    ),
     "closing delimiters": lambda size: filled(MULTIPART, b"--b--\n", size),
     "dashes": lambda size: filled(MULTIPART + b"--b\n\n", b"--\n", size),
     "long dashes": lambda size: filled(MULTIPART, b"--" + b"b" * 2_000 + b"\n", size),
@@ -74,6 +78,7 @@ SHAPES: dict[str, Callable[[int], bytes]] = {
     "base64 of nothing": lambda size: filled(part("application/x", "base64"), b"=", size),
     "base64 rubbish": lambda size: filled(part("application/x", "base64"), b"a*", size),
     "uuencode that grows": lambda size: filled(part("text/html", "x-uuencode") + b"begin 644 a\n", b"M\n", size),
+    "uuencode that grows in a file": lambda size: filled(part("application/x", "x-uuencode") + b"begin 644 a\n", b"M\n", size),
     "uuencode in short lines": lambda size: filled(part("application/x", "x-uuencode") + b"begin 644 a\n", b"!\n", size),
     "flowed lines": lambda size: filled(part("text/plain; format=flowed"), b"> \n", size),
     "enriched text": lambda size: filled(part("text/enriched"), b"<param>", size),
