@@ -21,9 +21,8 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 _NOT_IN_CODEC_NAMES = re.compile("[-. :]")
 _ASCII_SUPERSETS: Final = frozenset({"", "utf-8", "us-ascii", "ascii", "iso-8859-1", "iso-8859-15", "windows-1252"})
 _INVISIBLE = "\u00ad\u034f\u200b-\u200d\u2060\ufeff"
-_INVISIBLE_PADDING = re.compile(
-    f"[{_INVISIBLE}][{_INVISIBLE}\\s]*[{_INVISIBLE}]"
-)  # a group to repeat would cost memory each time
+# A group to repeat in it would cost memory for each time.
+_INVISIBLE_PADDING = re.compile(f"[{_INVISIBLE}][{_INVISIBLE}\\s]*[{_INVISIBLE}]")
 
 # Python's character sets by every name it knows them under; no codec that is not one (zlib, idna, unicode_escape).
 _NOT_CHARSETS: Final = {"base64_codec", "bz2_codec", "hex_codec", "quopri_codec", "rot_13", "uu_codec", "zlib_codec", "mbcs"}

@@ -78,6 +78,7 @@ SHAPES: dict[str, Callable[[int], bytes]] = {
     "base64 of nothing": lambda size: filled(part("application/x", "base64"), b"=", size),
     "base64 rubbish": lambda size: filled(part("application/x", "base64"), b"a*", size),
     "uuencode that grows": lambda size: filled(part("text/html", "x-uuencode") + b"begin 644 a\n", b"M\n", size),
+    "uuencode that grows in a file": lambda size: filled(part("application/x", "x-uuencode") + b"begin 644 a\n", b"M\n", size),
     "uuencode in short lines": lambda size: filled(part("application/x", "x-uuencode") + b"begin 644 a\n", b"!\n", size),
     "flowed lines": lambda size: filled(part("text/plain; format=flowed"), b"> \n", size),
     "enriched text": lambda size: filled(part("text/enriched"), b"<param>", size),
