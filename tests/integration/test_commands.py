@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from config.accounts import load_accounts
+from config.settings import load_settings
+from src.common.clock import SYSTEM
+from src.producer.daemon import accesses
+from src.producer.offline import print_preview
 from tests.support.daemons import Daemon
 from tests.support.pipeline import DEADLINE, Pipeline
 from tests.support.processes import free_port
 from tests.support.wait import until
+
+
+class Terminal(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def finished(daemon: Daemon, code: int = 0) -> str:
@@ -70,6 +84,22 @@ def test_dry_run_writes_nothing(pipeline: Pipeline, lived: bool) -> None:
     finished(pipeline.producer("--once"))
     assert email_id in {fields["email_id"] for fields in pipeline.books().stream.values()}
     pipeline.assert_accounted(waiting=pipeline.delivered)
+
+
+def test_dry_run_on_a_terminal_is_a_table(pipeline: Pipeline) -> None:
+    """A line of totals, one for each of the first 20 mails (UID, date, bytes, sender, subject), and how many more there are."""
+    pipeline.deliver(*(f"mail {number}" for number in range(22)))
+    places = {"TOKEN_DIR": pipeline.tmp / "tokens", "DATA_DIR": pipeline.tmp / "data"}
+    settings = load_settings({**places, **pipeline.env}, env_file=None)
+    out = Terminal()
+    assert print_preview(settings, accesses(load_accounts(settings.mail), SYSTEM, keep=False), SYSTEM, out) == 0
+    totals, *lines, more = out.getvalue().splitlines()
+    assert totals == (f"{pipeline.account}/INBOX: 22 mails (0.0 MB) would be published, 0 are known. first read: mail since ever")
+    assert [line.split()[0] for line in lines] == [str(uid) for uid in range(1, 21)]
+    assert re.fullmatch(r" +1  \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ +\d+  ann@example\.org +mail 0", lines[0])
+    assert more == "  … and 2 more"
+    pipeline.delivered.clear()
+    pipeline.assert_accounted()
 
 
 def test_dry_run_without_redis_starts_none(pipeline: Pipeline) -> None:

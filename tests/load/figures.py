@@ -1,11 +1,12 @@
-"""How fast the twins are here, printed and never judged: `python -m tests.load.figures [drain] [intake] [first-read] [arrival]`.
+"""How fast the twins are here, printed and never judged: `python -m tests.load.figures [drain] [intake] [first-read] [arrival] [takeover]`.
 
 drain: one worker process with every guarantee on and a no-op handler empties a stream of 5 KB records. intake: one producer
 process reads a Dovecot mailbox over TLS into the stream. Beside each rate stand the process's peak memory and, as the measure of this
 machine on this day, the bare XREADGROUP + XACK loop. These two are what runs when nothing is named.
 
 first-read: the memory of a producer while it reads a sandbox mailbox of ten times as many mails for the first time. arrival: from
-the moment the sandbox has a mail to the moment it stands in the stream, one mail at a time, told by IDLE.
+the moment the sandbox has a mail to the moment it stands in the stream, one mail at a time, told by IDLE. takeover: from the kill -9 of a
+producer to the first mail that its standby publishes, with the default lease.
 """
 
 from __future__ import annotations
@@ -205,9 +206,25 @@ def arrival(count: int) -> None:
     print(f"arrival     {count} mails one at a time, IDLE: p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {max(took):.1f} ms")
 
 
+def takeover() -> None:
+    with tempfile.TemporaryDirectory() as folder, RedisServer("valkey", appendonly=True) as server, Sandbox() as sandbox:
+        sandbox.add_account(ACCOUNT)
+        client = server.client()
+        env = of_the_sandbox(sandbox, server, Path(folder))
+        with Daemon("producer.py", env=env, tmp=Path(folder)) as owner:
+            until(lambda: client.get(f"producer_state:{ACCOUNT}:INBOX:last_uid") is not None, 60, "the first poll")
+            with Daemon("producer.py", env=env, tmp=Path(folder)) as standby:
+                standby.wait_for("standing by", 60)
+                owner.kill9()
+                began = time.perf_counter()
+                sandbox.deliver(ACCOUNT, b"Subject: for the standby\r\n\r\nx")
+                until(lambda: client.xlen(STREAM) == 1, 120, "the standby has published")
+                print(f"takeover    {time.perf_counter() - began:.1f} s after the kill -9 of the owner, whose lease is 30 s")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", nargs="*", choices=[[], "drain", "intake", "first-read", "arrival"], metavar="WHAT")
+    parser.add_argument("what", nargs="*", choices=[[], "drain", "intake", "first-read", "arrival", "takeover"], metavar="WHAT")
     parser.add_argument("--emails", type=int, default=10_000, metavar="N")
     given = parser.parse_args()
     what, count = given.what or ["drain", "intake"], given.emails
@@ -219,6 +236,8 @@ def main() -> int:
         first_read(10 * count)
     if "arrival" in what:
         arrival(min(count, 300))
+    if "takeover" in what:
+        takeover()
     print("load        " + " ".join(f"{load:.1f}" for load in os.getloadavg()) + f" on {os.cpu_count()} cores")
     return 0
 
