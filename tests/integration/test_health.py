@@ -154,6 +154,26 @@ def test_a_producer_that_can_read_no_mailbox_is_healthy_and_not_ready(pipeline: 
     pipeline.assert_accounted(waiting=pipeline.delivered)
 
 
+def test_a_mailbox_that_redis_forgot_is_not_ready_until_it_is_read_again(
+    pipeline: Pipeline, sandbox: Sandbox, asked: Asked
+) -> None:
+    """FLUSHALL: REREADING until all of it has its fate, also over a restart in the middle."""
+    pipeline.deliver("one", "two", "three")
+    finished(pipeline.producer("--once"))
+    pipeline.client.flushall()
+    for _ in range(2):
+        sandbox.faults.ok_without_data([3], bodies_only=True)
+        with producer(pipeline, asked, INCOMPLETE_WAIT="600"):
+            asked.until("ready", 503, "REREADING: Redis had forgotten this mailbox")
+            until(lambda: not sandbox.faults.state(), DEADLINE, "the third mail was withheld")
+            assert asked.get("ready")[0] == 503
+            assert asked.get("health")[0] == 200
+    with producer(pipeline, asked):
+        asked.until("ready", 200)
+        pipeline.wait_for_uid(3)
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+
+
 def test_a_loop_that_stands_still_is_503(pipeline: Pipeline, asked: Asked) -> None:
     """A token file on a disk that hangs (here: a pipe without a writer) stops one thread: it is named; the others go on."""
     path = pipeline.tmp / "tokens" / f"{BOB}.json"
