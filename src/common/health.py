@@ -76,6 +76,14 @@ def intake_reasons(redis: str, mailboxes: Mapping[str, tuple[str, str]]) -> list
     return reasons
 
 
+def work_reasons(redis: str, *, joined: bool, blocked: str) -> list[str]:
+    """Why a worker handles nothing. `redis`: why Redis cannot be had, "" if it can. `joined`: it is in the group. `blocked`: why it does
+    not read (too many dead letters, all breakers open, an entry of a newer version), "" if it does."""
+    reasons = [f"Redis: {redis}"] if redis else []
+    reasons += [] if joined else ["the consumer group is not joined yet"]
+    return reasons + ([f"not reading: {blocked}"] if blocked else [])
+
+
 @dataclass(frozen=True)
 class Memory:
     """What Redis says of its memory: bytes used, bytes allowed (0: no limit), and what it does at the limit."""
