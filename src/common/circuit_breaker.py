@@ -27,6 +27,7 @@ State = Literal["CLOSED", "OPEN", "HALF_OPEN"]
 Listener = Callable[[str, State, State], None]  # (name, old state, new state); called without the lock; must not raise
 
 SLICES = 10  # the window moves on by tenths of itself: memory and work do not grow with the number of calls
+MAX_CAUSE_CHARS = 200
 PROBE_LOOK_SECONDS = 1.0  # how soon it is worth asking again while a probe is under way
 
 
@@ -82,6 +83,7 @@ class CircuitBreaker:
         self._state: State = "CLOSED"
         self._era = 0  # grows with each change: what an earlier era's call reports is no news
         self._opened = 0  # openings in a row
+        self._cause = ""  # how it failed last
         self._until = 0.0  # OPEN: when it ends; HALF_OPEN: when the probe counts as lost
         self._slices: deque[tuple[int, int, int]] = deque()  # (number of the slice, calls, failures)
 
@@ -96,7 +98,7 @@ class CircuitBreaker:
             now, old = self._monotonic(), self._state
             if old != "CLOSED":
                 if now < self._until:
-                    raise BreakerOpen(self.name, self._wait(now))
+                    raise BreakerOpen(self.name, self._wait(now), self._cause)
                 self._until = now + self.rules.probe_seconds
                 if old == "OPEN":
                     self._become("HALF_OPEN")
@@ -124,8 +126,8 @@ class CircuitBreaker:
                 "seconds_until_next_try": round(self._wait(now), 1),
             }
 
-    def report(self, era: int, failed: bool | None) -> None:
-        """What became of a permit's call; None: it was not made, or says nothing."""
+    def report(self, era: int, failed: bool | None, cause: str = "") -> None:
+        """What became of a permit's call; None: it was not made, or says nothing. `cause`: how it failed."""
         with self._lock:
             old = self._state
             if era != self._era:
@@ -134,6 +136,7 @@ class CircuitBreaker:
                 if old == "HALF_OPEN":
                     self._until = self._monotonic()  # the next call is the probe
                 return
+            self._cause = cause[:MAX_CAUSE_CHARS] if failed else ""
             new = self._judge(failed, self._monotonic())
             if new == old:
                 return
@@ -198,17 +201,17 @@ class Permit:
     def success(self) -> None:
         self._report(False)
 
-    def failure(self) -> None:
-        self._report(True)
+    def failure(self, cause: str = "") -> None:
+        self._report(True, cause)
 
     def unused(self) -> None:
         """The call was not made: a probe's turn goes to the next call."""
         self._report(None)
 
-    def _report(self, failed: bool | None) -> None:
+    def _report(self, failed: bool | None, cause: str = "") -> None:
         if not self._reported:
             self._reported = True
-            self._breaker.report(self._era, failed)
+            self._breaker.report(self._era, failed, cause)
 
     def __enter__(self) -> Permit:
         return self
@@ -219,7 +222,7 @@ class Permit:
         elif isinstance(error, BreakerOpen) or not isinstance(error, Exception):
             self.unused()
         else:
-            self._report(self._breaker.counts(error))
+            self._report(self._breaker.counts(error), str(error))
 
 
 class Breakers:
@@ -268,10 +271,10 @@ class Breakers:
 
 
 def log_change(name: str, old: State, new: State) -> None:
-    """The listener that every breaker has."""
-    if new == "OPEN":
-        log.warning("%s fails%s: it is left alone for a while", name, " still" if old == "HALF_OPEN" else " again and again")
+    """The listener that every breaker has: one line when an outage begins, one when it ends."""
+    if (old, new) == ("CLOSED", "OPEN"):
+        log.warning("%s fails again and again: it is left alone for a while", name)
     elif new == "CLOSED":
         log.info("%s answers again", name)
     else:
-        log.debug("%s is asked by one call", name)
+        log.debug("breaker of %s: %s", name, new)

@@ -35,10 +35,11 @@ class LeaseLost(Transient):
 
 
 class BreakerOpen(Transient):
-    """`name` failed again and again and is not asked for now. `seconds`: until it is asked again."""
+    """`name` failed again and again and is not asked for now. `seconds`: until it is asked again. `cause`: how it failed last."""
 
-    def __init__(self, name: str, seconds: float) -> None:
-        super().__init__(f"{name} failed again and again: it is asked again in {seconds:.0f} s")
+    def __init__(self, name: str, seconds: float, cause: str = "") -> None:
+        how = f" ({cause})" if cause else ""
+        super().__init__(f"{name} failed again and again{how}: it is asked again in {seconds:.0f} s")
         self.name = name
         self.seconds = seconds
 

@@ -76,10 +76,11 @@ def intake_reasons(redis: str, mailboxes: Mapping[str, tuple[str, str]]) -> list
     return reasons
 
 
-def work_reasons(redis: str, joined: bool, blocked: str) -> list[str]:
-    """Why a worker takes no mail. `redis`: as above. `joined`: it is in the group. `blocked`: why it does not read, "" if it does."""
+def work_reasons(redis: str, *, joined: bool, blocked: str) -> list[str]:
+    """Why a worker handles nothing. `redis`: why Redis cannot be had, "" if it can. `joined`: it is in the group. `blocked`: why it does
+    not read (too many dead letters, all breakers open, an entry of a newer version), "" if it does."""
     reasons = [f"Redis: {redis}"] if redis else []
-    reasons += [] if joined else ["the group is not joined yet"]
+    reasons += [] if joined else ["the consumer group is not joined yet"]
     return reasons + ([f"not reading: {blocked}"] if blocked else [])
 
 

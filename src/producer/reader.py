@@ -111,6 +111,7 @@ class Reader:
         folder = session.folder
         self._next_look_back = 0.0
         if state is not None and state.uidvalidity == folder.uidvalidity:
+            self.rereading = state.first_complete and state.last_uid < state.horizon
             if self._marker is None:
                 self.remember(state, force=True)
             return state

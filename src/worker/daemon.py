@@ -157,7 +157,7 @@ class Worker:
 
     def ready(self) -> Page:
         away = self.watch.away if self.watch else "not asked yet"
-        return readiness(work_reasons(away, self.joined, self.consumer.blocked))
+        return readiness(work_reasons(away, joined=self.joined, blocked=self.consumer.blocked))
 
     def status(self) -> Page:
         consumer, handlers = self.consumer, self.consumer.handlers.all

@@ -129,7 +129,7 @@ def test_parse_prints_what_intake_would_publish(pipeline: Pipeline) -> None:
     assert first == second
     assert first["subject"] == "Grüße"
     published = json.loads(fields["record"])
-    told_by_intake = {"uidvalidity", "gm_thrid", "gm_labels", "ingested_at", "raw_ref"}
+    told_by_intake = {"uidvalidity", "gm_thrid", "gm_labels", "ingested_at", "raw_ref", "traceparent"}
     assert {name for name in first if first[name] != published[name]} <= told_by_intake
     pipeline.assert_accounted(waiting=pipeline.delivered)
 

@@ -156,7 +156,7 @@ def test_redis_out_of_memory(durable: Pipeline) -> None:
     durable.client.config_set("maxmemory", used + 3_000_000)
     orders = ["permanent" if number % 20 == 0 else "fail 1" if number % 7 == 0 else "fine" for number in range(120)]
     ids = durable.deliver(*orders, body=b"0123456789abcdef\r\n" * 3000)
-    with durable.producer(PRODUCER_BATCH_SIZE="10") as producer:
+    with durable.producer(PRODUCER_BATCH_SIZE="10", MEMORY_HIGH="1") as producer:  # else intake pauses before it comes to that
         producer.wait_for("Redis is away or full: .*maxmemory", DEADLINE)
         read = int(durable.last_uid() or 0)
         assert durable.client.xlen(STREAM) == read < 120, "a refused batch does not enter in part"

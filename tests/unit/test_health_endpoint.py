@@ -16,7 +16,7 @@ import pytest
 
 from src.common.clock import Clock
 from src.common.exceptions import ConfigurationError
-from src.common.health import Beats, Loop, Memory, Page, intake_reasons, is_full, liveness, readiness
+from src.common.health import Beats, Loop, Memory, Page, intake_reasons, is_full, liveness, readiness, work_reasons
 from src.common.shutdown import Shutdown
 from src.monitoring.endpoint import address_of, allowed_hosts, is_allowed, open_port, serve
 from tests.support.processes import free_port
@@ -97,6 +97,16 @@ def test_a_producer_is_ready_with_redis_and_one_mailbox(
 ) -> None:
     """One mailbox at work is enough; a standby is at work; without any each says why."""
     assert intake_reasons(redis, states) == reasons
+
+
+def test_a_worker_is_ready_in_its_group_while_it_reads() -> None:
+    """Each thing that keeps it from work is named."""
+    assert work_reasons("", joined=True, blocked="") == []
+    assert work_reasons("away", joined=False, blocked="10 dead letters") == [
+        "Redis: away",
+        "the consumer group is not joined yet",
+        "not reading: 10 dead letters",
+    ]
 
 
 # may it take more in

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import replace
 
 import pytest
 
+from src import VERSION
 from src.common import registry
 from src.common.exceptions import RedisFull
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
 from src.common.registry import FORGET_SECONDS, SILENT_SECONDS, Registration, registered
+from tests.support.daemons import ROOT
 from tests.support.fake import Store
 from tests.support.servers import RedisServer
 
 PRODUCER = Registration("producer", "host-1-aa", "http://127.0.0.1:8080", "0.1.0", "host", 1, "2026-01-31T00:00:00Z")
 WORKER = replace(PRODUCER, role="worker", name="host-2-bb", pid=2, address="http://127.0.0.1:8081")
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    """The one in pyproject.toml."""
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == VERSION
 
 
 def age(store: Store, daemon: Registration, seconds: float) -> None:

@@ -248,7 +248,7 @@ def test_an_open_breaker_answers_for_redis() -> None:
     for _ in range(5):
         with pytest.raises(RedisUnavailable, match="no answer"):
             client.ping()
-    with pytest.raises(RedisUnavailable, match="asked again in 1 s") as refused:
+    with pytest.raises(RedisUnavailable, match=r"\(no answer\): it is asked again in 1 s") as refused:
         client.run("missing", [], [])
     assert isinstance(refused.value.__cause__, BreakerOpen)
     assert server.asked == 5
