@@ -29,6 +29,12 @@ KEYS = Keys(STREAM)
 DAY_MS = 86_400_000
 
 
+@pytest.fixture
+def pipeline(sandbox: Sandbox, either_redis: RedisServer, tmp_path: Path) -> Pipeline:
+    """Into Redis 7.0, then into Valkey."""
+    return Pipeline(sandbox, either_redis, tmp_path)
+
+
 def dlq(pipeline: Pipeline, *args: str, code: int = 0) -> str:
     """The output of scripts/dlq.py with nobody at a terminal."""
     with Daemon("scripts/dlq.py", *args, env=pipeline.env, tmp=pipeline.tmp) as command:

@@ -18,7 +18,6 @@ from src.sandbox.server import Sandbox
 from tests.integration.test_commands import keys_of
 from tests.support.daemons import Daemon
 from tests.support.pipeline import DEADLINE, Pipeline
-from tests.support.servers import RedisServer
 from tests.support.wait import until
 
 STREAM = "email_ingestion_stream"
@@ -70,10 +69,11 @@ def subjects(books_stream: Mapping[str, Mapping[str, str]]) -> list[str]:
     return sorted(fields["subject"] for fields in books_stream.values())
 
 
-@pytest.fixture(params=["sandbox", "dovecot"])
-def mailbox(request: pytest.FixtureRequest, valkey: RedisServer, tmp_path: Path) -> Pipeline:
-    """From a sandbox Gmail, then from Dovecot over TLS."""
-    return Pipeline(request.getfixturevalue(request.param), valkey, tmp_path)
+@pytest.fixture(params=[("sandbox", "redis7"), ("dovecot", "valkey")], ids=lambda names: "-".join(names))
+def mailbox(request: pytest.FixtureRequest, tmp_path: Path) -> Pipeline:
+    """From a sandbox Gmail into Redis 7.0, then from Dovecot over TLS into Valkey."""
+    source, redis = (request.getfixturevalue(name) for name in request.param)
+    return Pipeline(source, redis, tmp_path)
 
 
 def test_from_the_archive(pipeline: Pipeline) -> None:
