@@ -149,25 +149,20 @@ class Run:
     def _from_archive(self) -> None:
         rest = iter(self.plan.archived)
         while not self.shutdown.requested and (page := list(islice(rest, self.pace.page))):
-            entries = []
-            for mail in page:
-                raw = self._raw(mail)
-                if raw is None:
-                    self.plan.lacking.add(member(mail))
-                else:
-                    entries.append(reprocess.entry_from_archive(mail, raw, new_id=secrets.token_hex(8), now=SYSTEM.wall()))
-            self._publish(entries)
+            found = [(mail, raw) for mail in page if (raw := self._raw(mail)) is not None]
+            self._keep([raw for _, raw in found])  # anew, so that no sweep takes it before the stream refers to it again
+            kept = {mail.email_id for mail, _ in found}
+            self.plan.lacking |= {member(mail) for mail in page if mail.email_id not in kept}
+            self._publish(
+                [reprocess.entry_from_archive(mail, raw, new_id=secrets.token_hex(8), now=SYSTEM.wall()) for mail, raw in found]
+            )
 
     def _raw(self, mail: Finished) -> bytes | None:
-        """None where the archive has it no more. Kept anew, so that no sweep takes it before the stream refers to it again."""
-        if self.archive is None:
-            return None
+        """None where the archive has it no more."""
         try:
-            raw = self.archive.get(mail.raw_ref)
+            return self.archive.get(mail.raw_ref) if self.archive else None
         except ArchiveMissing:
             return None
-        self.archive.put(raw)
-        return raw
 
     # from IMAP
 

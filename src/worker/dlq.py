@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from config.settings import StreamSettings
 from src.common.clock import iso
 from src.common.keys import Keys
 from src.common.redis_client import Fields, RedisClient
@@ -170,18 +171,20 @@ def discard(
     return list(redis.run("discard", [*own, *steps, *sets], args)) if letters else []
 
 
-def expire(redis: RedisClient, keys: Keys, *, days: float, processed_days: float, results_max: int, most: int = PAGE) -> int:
-    """Give up to `most` letters up that died more than `days` days ago, by the server's clock; how many. Any worker may call it."""
+def expire(redis: RedisClient, keys: Keys, stream: StreamSettings, *, most: int = PAGE) -> int:
+    """Give up to `most` letters up that died more than DLQ_DAYS ago, by the server's clock; how many. Any worker may call it."""
     [seconds, _] = redis.call("TIME")
-    before = round((int(seconds) - days * 86_400) * 1000)
+    before = round((int(seconds) - stream.dlq_days * 86_400) * 1000)
     if before <= 0:
         return 0
     old = [DeadLetter(entry_id, fields) for entry_id, fields in redis.entries(keys.dlq, "-", f"({before}", count=most)]
-    answers = discard(redis, keys, old, processed_days=processed_days, results_max=results_max)
+    answers = discard(redis, keys, old, processed_days=stream.processed_days, results_max=stream.results_max)
     given_up = answers.count("OK")
     if given_up:
         log.warning(
-            "%d dead letters are older than DLQ_DAYS=%g: they are given up, their mail will not come back", given_up, days
+            "%d dead letters are older than DLQ_DAYS=%g: they are given up, their mail will not come back",
+            given_up,
+            stream.dlq_days,
         )
     return given_up
 

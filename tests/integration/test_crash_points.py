@@ -330,7 +330,7 @@ COMPARE_AND_SET = "if uidvalidity ~= ARGV[3] or last_uid ~= ARGV[4] then"
             nothing,
             "results exactly once",
         ),
-        (Mutant("fail", FENCE, NO_FENCE), handed_back, Fault.REPLY_LOST, nothing, "two dead letters"),
+        (Mutant("fail", "redis.call('XDEL', KEYS[1], mail.sid)"), handed_back, Fault.REPLY_LOST, nothing, "finds no end"),
         (Mutant("fail", "redis.call('HDEL', KEYS[3], mail.id)"), handed_back, Fault.REPLY_LOST, nothing, "marks of starts"),
         (Mutant("promote", "redis.call('ZREM', KEYS[4], member)"), handed_back, Fault.REPLY_LOST, nothing, "due entries"),
         (

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ from tests.support.wait import until
 STREAM = "email_ingestion_stream"
 KEYS = Keys(STREAM)
 DAY_MS = 86_400_000
+
+
+@pytest.fixture
+def pipeline(sandbox: Sandbox, either_redis: RedisServer, tmp_path: Path) -> Pipeline:
+    """Into Redis 7.0, then into Valkey."""
+    return Pipeline(sandbox, either_redis, tmp_path)
 
 
 def dlq(pipeline: Pipeline, *args: str, code: int = 0) -> str:
@@ -248,11 +255,9 @@ def test_replay_from_two_shells_while_everything_runs(pipeline: Pipeline) -> Non
     assert len(dead) == 120
     with pipeline.producer(), pipeline.worker(MAX_ATTEMPTS="3") as worker:
         worker.wait_for("reads email_ingestion_stream", DEADLINE)
-        shells = [
-            Daemon("scripts/dlq.py", "replay", "--all", "--yes", "--rate", "50/s", env=pipeline.env, tmp=pipeline.tmp)
-            for _ in "ab"
-        ]
-        with shells[0], shells[1]:
+        with ExitStack() as stack:
+            flags = ("replay", "--all", "--yes", "--rate", "50/s")
+            shells = [stack.enter_context(Daemon("scripts/dlq.py", *flags, env=pipeline.env, tmp=pipeline.tmp)) for _ in range(2)]
             pipeline.deliver(*(f"new {number}" for number in range(40)))
             assert [shell.exit_code(DEADLINE) for shell in shells] == [0, 0]
             told = [rows(shell.output())[0] for shell in shells]

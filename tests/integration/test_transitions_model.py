@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from config.settings import StreamSettings
 from src.common.keys import Keys, open_field
 from src.common.redis_client import RedisClient
 from src.mail.record import gmail_email_id, member_of
@@ -300,7 +301,8 @@ class LifeOfMail(RuleBasedStateMachine):
     @rule(most=st.integers(1, 3))
     def expire(self, most: int) -> None:
         """Everything that is dead by now is old enough (days: less than none)."""
-        given_up = dlq.expire(self.redis, self.keys, days=-1, processed_days=1, results_max=1000, most=most)
+        old_at_once = StreamSettings.model_construct(dlq_days=-1, processed_days=1, results_max=1000)
+        given_up = dlq.expire(self.redis, self.keys, old_at_once, most=most)
         assert given_up == self.model.expire(most)
 
     # the done
@@ -444,7 +446,7 @@ MUTANTS = (
     Mutant("begin", "if last == nil or last == tag then", "if true then"),
     Mutant("complete", "if owned[mail.sid] ~= mail.count then", "if false then"),
     Mutant("fail", "if owned[mail.sid] ~= mail.count then", "if false then"),
-    Mutant("fail", "if mail.verb ~= 'crash' then", "if true then"),
+    Mutant("fail", "if gone or mail.verb ~= 'crash' then", "if true then"),
     Mutant("promote", "'^%d+|(%d+)')) + 1", "'^%d+|(%d+)'))"),
     Mutant("recover", "'IDLE', ARGV[3],", "'IDLE', 0,"),
     Mutant("replay", "redis.call('XDEL', KEYS[5], dead)\n    answer[#answer + 1] = 'OK'", "answer[#answer + 1] = 'OK'"),

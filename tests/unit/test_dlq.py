@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from config.settings import load_settings
 from src.worker import dlq, recovery
 from src.worker.delivery import Delivery
 from src.worker.dlq import DeadLetter, Failed, Failure, fail
@@ -518,7 +519,7 @@ def aged(store: Store, days: list[float]) -> None:
 
 
 def expired(store: Store, most: int = 100) -> int:
-    return dlq.expire(store.redis, store.keys, days=90, processed_days=400, results_max=1000, most=most)
+    return dlq.expire(store.redis, store.keys, load_settings(env_file=None).stream, most=most)
 
 
 def test_what_is_older_than_its_days_is_given_up_as_discarded(store: Store, caplog: pytest.LogCaptureFixture) -> None:

@@ -32,13 +32,13 @@ for i, mail in ipairs(mails) do
       attempts = attempts + 1
       if first == '' then first = string.format('%.0f', now) end
     end
-    if #redis.call('XRANGE', KEYS[1], mail.sid, mail.sid) == 0 then
+    local gone = #redis.call('XRANGE', KEYS[1], mail.sid, mail.sid) == 0
+    if gone then
       answer[i] = {'GONE', attempts}
       if here then
         redis.call('HDEL', KEYS[2], mail.id)
         if redis.call('HINCRBY', KEYS[7], mail.open, -1) <= 0 then redis.call('HDEL', KEYS[7], mail.open) end
       end
-      redis.call('HDEL', KEYS[3], mail.id)
       redis.call('HDEL', KEYS[4], mail.id)
     elseif mail.verb == 'retry' or mail.verb == 'crash' or mail.verb == 'postpone' then
       answer[i] = {mail.verb == 'postpone' and 'POSTPONED' or 'RETRY', attempts}
@@ -47,8 +47,6 @@ for i, mail in ipairs(mails) do
       if mail.verb == 'crash' then
         local suspicion, tag = string.match(redis.call('HGET', KEYS[3], mail.id) or '0|', '^(%d+)|(.*)$')
         redis.call('HSET', KEYS[3], mail.id, (tonumber(suspicion) + DEATH) .. '|' .. tag)
-      else
-        redis.call('HDEL', KEYS[3], mail.id)
       end
     else
       answer[i] = {'DEAD', attempts}
@@ -60,10 +58,10 @@ for i, mail in ipairs(mails) do
       end
       local dead = bury(KEYS[1], KEYS[6], mail.sid, notes, tries)
       if mail.verb ~= 'foreign' then redis.call('HSET', KEYS[2], mail.id, 'D:' .. dead) end
-      redis.call('HDEL', KEYS[3], mail.id)
       redis.call('HDEL', KEYS[4], mail.id)
       redis.call('XDEL', KEYS[1], mail.sid)
     end
+    if gone or mail.verb ~= 'crash' then redis.call('HDEL', KEYS[3], mail.id) end
     redis.call('XACK', KEYS[1], ARGV[1], mail.sid)
   end
 end
