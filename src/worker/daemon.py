@@ -298,11 +298,5 @@ class Worker:
 
     def _expire(self) -> None:
         """Dead letters that nobody looked at for DLQ_DAYS."""
-        stream = self.settings.stream
-        self.consumer.counts["expired"] += dlq.expire(
-            self.seat.redis,
-            self.seat.keys,
-            days=stream.dlq_days,
-            processed_days=stream.processed_days,
-            results_max=stream.results_max,
-        )
+        given_up = dlq.expire(self.seat.redis, self.seat.keys, self.settings.stream)
+        self.consumer.counts["expired"] += given_up
