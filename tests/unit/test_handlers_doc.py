@@ -56,9 +56,7 @@ def test_every_python_block_is_run_here() -> None:
 
 def test_ten_lines() -> None:
     assert run("my_handler:handle", INVOICE) == '{"invoice":true,"attachments":[]}'
-    bounce = email(
-        "From: MAILER-DAEMON@example.org\nContent-Type: multipart/report; report-type=delivery-status; boundary=b\n\n--b--\n"
-    )
+    bounce = "From: MAILER-DAEMON@example.org\nContent-Type: multipart/report; report-type=delivery-status; boundary=b\n\n--b--\n"
     assert run("my_handler:handle", bounce) == "bury a bounce is nobody's invoice"
 
 
