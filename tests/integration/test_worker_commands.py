@@ -17,6 +17,7 @@ from src.worker.processor import load_handlers
 from src.worker.trial import print_plan
 from tests.integration.test_commands import Terminal, files_of, finished, keys_of
 from tests.integration.test_worker_faults import begun, published
+from tests.support.daemons import Daemon
 from tests.support.pipeline import DEADLINE, Pipeline
 from tests.support.wait import until
 
@@ -173,12 +174,18 @@ def test_a_rolling_restart_under_load_loses_and_repeats_nothing(pipeline: Pipeli
     """Three workers, each stopped with SIGTERM and started again in turn, twice, while mail arrives: each mail is begun once."""
     with pipeline.producer() as producer, ExitStack() as stack:
         pipeline.wait_for_first_poll()
-        workers = [stack.enter_context(pipeline.worker()) for _ in range(3)]
+
+        def started() -> Daemon:
+            worker = stack.enter_context(pipeline.worker())
+            worker.wait_for("reads email_ingestion_stream", DEADLINE)
+            return worker
+
+        workers = [started() for _ in range(3)]
         for turn in range(6):
             fresh = pipeline.deliver(*["slow 30"] * 25)
             pipeline.wait_for_begun(fresh[:5])
             assert workers[turn % 3].terminate() == 0
-            workers[turn % 3] = stack.enter_context(pipeline.worker())
+            workers[turn % 3] = started()
         pipeline.wait_until_settled()
         assert [daemon.terminate() for daemon in (*workers, producer)] == [0, 0, 0, 0]
     pipeline.assert_accounted()
