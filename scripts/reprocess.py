@@ -138,9 +138,12 @@ class Run:
             for access, mailbox in self._folders(keep=True):
                 self._from_folder(access, mailbox)
             if self.plan.lacking and not self.left and not self.shutdown.requested:
-                self.left.append(
-                    f"{len(self.plan.lacking)} finished mails are neither in the archive nor in the folders that are read"
+                asked = (
+                    "not in the archive"
+                    if self.given.source == "archive"
+                    else "neither in the archive nor in the folders that are read"
                 )
+                self.left.append(f"{len(self.plan.lacking)} finished mails are {asked}")
         finally:
             self.progress.end()
         if self.shutdown.requested:
