@@ -108,12 +108,17 @@ class Plan:
 class Run:
     """Brings back what a plan names. `answers`: how many of each; `left`: why something is left undone."""
 
-    def __init__(self, settings: Settings, redis: RedisClient, wanted: Wanted, plan: Plan, given: argparse.Namespace) -> None:
+    def __init__(
+        self, settings: Settings, redis: RedisClient, wanted: Wanted, plan: Plan, given: argparse.Namespace, shutdown: Shutdown
+    ) -> None:
         self.settings, self.redis, self.wanted, self.plan, self.given = settings, redis, wanted, plan, given
+        self.shutdown = shutdown
         self.keys = Keys(settings.stream.name)
         self.name: str = given.run or f"{SYSTEM.wall():%Y%m%d}-{secrets.token_hex(3)}"
         place = settings.run.raw_archive
         self.archive = open_archive(place.get_secret_value() if place else None, settings.run.data_dir)
+        self.pace = Pace(given.rate, shutdown, SYSTEM)
+        self.progress = Progress(len(plan.archived) + len(plan.lacking), SYSTEM)
         self.answers: Counter[str] = Counter()
         self.left: list[str] = []
 
@@ -126,22 +131,22 @@ class Run:
                 for mail, _ in self._in_folder(session, access, mailbox):
                     self.answers["OK"] += mail is not None
 
-    def do(self, shutdown: Shutdown) -> None:
+    def do(self) -> None:
         """Raises Transient where something is away: then the run can be gone on with."""
-        self.shutdown = shutdown
-        self.pace = Pace(self.given.rate, shutdown, SYSTEM)
-        self.progress = Progress(len(self.plan.archived) + len(self.plan.lacking), SYSTEM)
         try:
             self._from_archive()
             for access, mailbox in self._folders(keep=True):
                 self._from_folder(access, mailbox)
-            if self.plan.lacking and not self.left and not shutdown.requested:
-                self.left.append(
-                    f"{len(self.plan.lacking)} finished mails are neither in the archive nor in the folders that are read"
+            if self.plan.lacking and not self.left and not self.shutdown.requested:
+                asked = (
+                    "not in the archive"
+                    if self.given.source == "archive"
+                    else "neither in the archive nor in the folders that are read"
                 )
+                self.left.append(f"{len(self.plan.lacking)} finished mails are {asked}")
         finally:
             self.progress.end()
-        if shutdown.requested:
+        if self.shutdown.requested:
             self.left.append("stopped as asked")
 
     # from the archive
@@ -250,7 +255,7 @@ class Run:
 def act(settings: Settings, redis: RedisClient, given: argparse.Namespace, shutdown: Shutdown) -> int:
     wanted = Wanted(given.since, given.until, given.account, given.sender, given.handler)
     plan = Plan(redis, Keys(settings.stream.name), wanted, given.source)
-    run = Run(settings, redis, wanted, plan, given)
+    run = Run(settings, redis, wanted, plan, given, shutdown)
     asked = len(plan.lacking)
     if given.handler and plan.untold:
         print(
@@ -273,7 +278,7 @@ def act(settings: Settings, redis: RedisClient, given: argparse.Namespace, shutd
     shutdown.on_signals()  # from here on Ctrl-C ends between two pages
     print(f"run {run.name}: if it is interrupted, go on with --run {run.name}", file=sys.stderr)
     try:
-        run.do(shutdown)
+        run.do()
     except Transient as error:
         run.left.append(str(error))
     if run.left:

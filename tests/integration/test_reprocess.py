@@ -207,6 +207,22 @@ def test_a_run_that_is_killed_is_gone_on_with(mailbox: Pipeline, source: str) ->
     assert set(mailbox.books().done.values()) == {2}
 
 
+def test_a_session_that_is_cut_is_opened_again(pipeline: Pipeline) -> None:
+    """The server ends all connections between two pages: said, connected again, each mail came back once."""
+    pipeline.deliver(*(f"mail {number}" for number in range(20)), days_ago=3)
+    take_in(pipeline)
+    work(pipeline)
+    assert isinstance(pipeline.source, Sandbox)
+    flags = (*days(3, 3), "--source", "imap", "--rate", "4/s", "--yes")
+    with Daemon("scripts/reprocess.py", *flags, env=pipeline.env, tmp=pipeline.tmp) as running:
+        until(lambda: pipeline.client.xlen(STREAM) >= 4, DEADLINE, "a page came back")
+        assert pipeline.source.cut() == 1
+        assert running.exit_code(DEADLINE) == 0, running.output()
+        assert "connecting again" in running.output()
+        assert told(running.output())["brought_back"] == 20
+    assert len(subjects(pipeline.books().stream)) == len(set(subjects(pipeline.books().stream))) == 20
+
+
 def test_a_full_stream_is_waited_for(pipeline: Pipeline) -> None:
     """STREAM_MAXLEN: it says so, goes on as room comes, and never holds more than that."""
     pipeline.deliver(*(f"mail {number}" for number in range(7)), days_ago=3)
