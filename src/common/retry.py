@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import tenacity
 
-from src.common.exceptions import ImapUnavailable, RedisFull, RedisUnavailable, TokenEndpointUnavailable
+from src.common.exceptions import BreakerOpen, ImapUnavailable, RedisFull, RedisUnavailable, TokenEndpointUnavailable
 from src.common.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def _decorator(kinds: tuple[type[Exception], ...], wait: tenacity.wait.wait_base
     def decorate(call: Call) -> Call:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(kinds),
-            wait=wait,
+            wait=_until_asked_again(wait),
             stop=tenacity.stop_when_event_set(shutdown.event),
             sleep=tenacity.sleep_using_event(shutdown.event),
             before_sleep=say,
@@ -42,6 +42,17 @@ def _decorator(kinds: tuple[type[Exception], ...], wait: tenacity.wait.wait_base
         return cast(Call, retrying.wraps(call))
 
     return decorate
+
+
+def _until_asked_again(wait: tenacity.wait.wait_base) -> Callable[[tenacity.RetryCallState], float]:
+    """`wait`, but no longer than until the breaker that refused the call asks again: a try that was not made costs no backoff."""
+
+    def seconds(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        refusal = error.__cause__ if error else None
+        return min(wait(state), refusal.seconds) if isinstance(refusal, BreakerOpen) else wait(state)
+
+    return seconds
 
 
 def retry_on_redis_error(shutdown: Shutdown, cap: float = 5.0) -> Decorator:

@@ -106,6 +106,7 @@ class Producer:
         self.beats = Beats(clock)
         self.stopped = threading.Event()
         self._asked_for = ""
+        self._unrenewed: set[str] = set()  # mailboxes whose last renewal failed: said once an outage
         self.breakers = breakers
         self.redis = redis
         redis.breaker = breakers.get("Redis", counts=is_away, open_cap=REDIS_OPEN_SECONDS)
@@ -274,8 +275,11 @@ class Producer:
                 log.warning("%s: the lease is lost to another producer", mailbox.title)
             else:
                 mailbox.reader.resync = answer.resync
+            self._unrenewed.discard(mailbox.title)
         except Transient as error:
-            log.warning("%s: the lease could not be renewed: %s", mailbox.title, error)
+            level = logging.DEBUG if mailbox.title in self._unrenewed else logging.WARNING
+            log.log(level, "%s: the lease could not be renewed: %s", mailbox.title, error)
+            self._unrenewed.add(mailbox.title)
 
     def _sweep(self) -> None:
         """Several times a day, remove raw mail that nobody needs any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +17,7 @@ from src.common.health import Beats, Memory
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient, is_away
 from src.common.registry import HEARTBEAT_SECONDS, Registration, registered
+from src.common.retry import retry_on_redis_error
 from src.common.shutdown import Shutdown
 from src.common.watch import ANSWER_SECONDS, Limits, Watch, check_policy
 from tests.support.servers import RedisServer
@@ -268,3 +270,30 @@ def test_a_full_redis_is_no_failure() -> None:
             bench.client.call("SET", "k", "v")
     assert bench.client.breaker.snapshot()["state"] == "CLOSED"
     assert bench.client.breaker.snapshot()["failures"] == 0
+
+
+def test_who_was_refused_waits_for_the_breaker_only() -> None:
+    """However far the backoff has grown: when Redis is back, nobody sits out five seconds for a try that was not made."""
+    bench = Bench()
+    bench.client.breaker = breaker = CircuitBreaker(
+        "Redis", Rules(open_seconds=1.0, open_cap=1.0), lambda: bench.now, lambda: 0.0, counts=is_away
+    )
+    bench.server.error = redis.TimeoutError("no answer")
+    refused: list[float] = []
+
+    class Moment(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            if breaker.snapshot()["state"] == "OPEN" and bench.server.asked == asked[-1]:
+                refused.append(timeout)
+            asked.append(bench.server.asked)
+            bench.now += timeout
+            if len(refused) == 50:
+                bench.server.error = None
+            return self.is_set()
+
+    asked = [0]
+    bench.shutdown.event = Moment()
+    retry_on_redis_error(bench.shutdown)(bench.client.version)()
+    assert len(refused) >= 50
+    assert max(refused) <= 0.5
