@@ -188,7 +188,6 @@ class Worker:
     def _read_loop(self) -> None:
         take = retry_on_redis_error(self.shutdown)(self._take)
         while not self.shutdown.requested:
-            self.beats.turn("reader", limit=60 + self.settings.redis.socket_timeout)
             try:
                 self.runners.put(take(self._room()))
                 if self.drain:
@@ -197,6 +196,7 @@ class Worker:
                 log.warning("reading ended: %s", error)
 
     def _take(self, room: int) -> list[Started]:
+        self.beats.turn("reader", limit=60 + self.settings.redis.socket_timeout)  # also while Redis is away
         try:
             return self.consumer.take(room)
         except GroupMissing:

@@ -73,5 +73,6 @@ def complete(seat: Seat, done: Sequence[Done], *, processed_days: float, results
         args += [mail.outcome, mail.result, mail.handler, fields["mailbox"], fields.get("uid", ""), fields["internal_date"]]
         if mail.steps:
             script_keys.append(keys.steps(place.email_id))
-        args += [fields.get("from", ""), raw_ref_in(fields["record"]), len(script_keys) if mail.steps else 0]
+        args += [fields.get("from", ""), raw_ref_in(fields["record"]), mail.delivery.correlation_id]
+        args.append(len(script_keys) if mail.steps else 0)
     return list(seat.redis.run("complete", script_keys, args))

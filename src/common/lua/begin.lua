@@ -9,6 +9,7 @@
 -- died meanwhile, perhaps of something else) and by 3 more when its own process died of it (`fail`, crash).
 --#include fence
 --#include bury
+--#include stands
 local STEP, mails, ids = 6, {}, {}
 for i = 6, #ARGV, STEP do
   local mail = {sid = ARGV[i], count = ARGV[i + 1], id = ARGV[i + 2], member = ARGV[i + 3], set = tonumber(ARGV[i + 4]), open = ARGV[i + 5]}
@@ -31,10 +32,6 @@ for set, part in pairs(of_set) do
   for i = 1, #done do part.mails[i].done = done[i] == 1 end
 end
 
-local function stands(location)                   -- is there an entry where the index says?
-  local kind, id = string.sub(location, 1, 1), string.sub(location, 3)
-  return #redis.call('XRANGE', kind == 'S' and KEYS[1] or KEYS[5], id, id) > 0
-end
 local adopted, drop, marks = {}, {}, {}
 for i, mail in ipairs(mails) do
   local here, location = 'S:' .. mail.sid, adopted[mail.id] or located[i]
@@ -42,7 +39,7 @@ for i, mail in ipairs(mails) do
   local verdict
   if owned[mail.sid] ~= mail.count then
     verdict = 'LOST'
-  elseif mail.done or (location and location ~= here and stands(location)) then
+  elseif mail.done or (location and location ~= here and stands(KEYS[1], KEYS[5], location)) then
     verdict = 'DUP'                               -- done already, or another copy is the live one
     drop[#drop + 1] = mail.sid
     if location == here then
@@ -67,7 +64,7 @@ for i, mail in ipairs(mails) do
     elseif solo >= tonumber(ARGV[3]) then
       verdict = 'POISON'
       local dead = bury(KEYS[1], KEYS[5], mail.sid, {'dead_reason', 'poison', 'dead_error_type', 'Poison',
-        'dead_error', 'started alone, again and again, in a process of its own that did not live to its end', 'dead_attempts', attempts, 'dead_at', ARGV[5], 'dead_worker', ARGV[2]})
+        'dead_error', 'started alone, again and again, in a process of its own that did not live to its end', 'dead_attempts', attempts, 'dead_at', ARGV[5], 'dead_worker', ARGV[2]}, tries[i])
       if dead then redis.call('HSET', KEYS[2], mail.id, 'D:' .. dead) end
       redis.call('HDEL', KEYS[3], mail.id)
       redis.call('HDEL', KEYS[4], mail.id)

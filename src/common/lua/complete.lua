@@ -3,16 +3,17 @@
 -- KEYS 1 stream 2 index 3 starts 4 tries 5 results 6 open 7.. processed sets, then steps of mails
 -- ARGV 1 group 2 consumer 3 seconds a processed id is kept 4 most results 5 seconds a result is kept,
 --      then n x {stream id, delivery count, email_id, member, number of its set from 1, field in open, outcome, result,
---            handler, mailbox, uid, internal_date, from, raw_ref: what `reprocess` needs to find the mail again,
+--            handler, mailbox, uid, internal_date, from, raw_ref, correlation_id: what `reprocess` and `trace` need to find the mail again,
 --            place of its steps in KEYS, which are kept for a day more; 0: it has none}
 -- -> n x (OK | ALREADY: done before, by this call repeated or by another worker | LOST)
 --#include fence
-local STEP, mails, ids = 15, {}, {}
+local STEP, mails, ids = 16, {}, {}
 local DAY = 86400
 for i = 6, #ARGV, STEP do
   local mail = {sid = ARGV[i], count = ARGV[i + 1], id = ARGV[i + 2], member = ARGV[i + 3], set = tonumber(ARGV[i + 4]), open = ARGV[i + 5],
                 outcome = ARGV[i + 6], result = ARGV[i + 7], handler = ARGV[i + 8], mailbox = ARGV[i + 9], uid = ARGV[i + 10],
-                internal_date = ARGV[i + 11], from = ARGV[i + 12], raw_ref = ARGV[i + 13], steps = tonumber(ARGV[i + 14])}
+                internal_date = ARGV[i + 11], from = ARGV[i + 12], raw_ref = ARGV[i + 13], correlation_id = ARGV[i + 14],
+                steps = tonumber(ARGV[i + 15])}
   mails[#mails + 1] = mail
   ids[#ids + 1] = mail.sid
 end
@@ -31,7 +32,7 @@ for i, mail in ipairs(mails) do
     if mail.steps > 0 then redis.call('EXPIRE', KEYS[mail.steps], DAY) end
     redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[4], '*', 'email_id', mail.id, 'outcome', mail.outcome, 'result', mail.result,
       'handler', mail.handler, 'mailbox', mail.mailbox, 'uid', mail.uid, 'internal_date', mail.internal_date, 'from', mail.from,
-      'raw_ref', mail.raw_ref)
+      'raw_ref', mail.raw_ref, 'correlation_id', mail.correlation_id)
   end
 end
 if #sids > 0 then
