@@ -202,6 +202,8 @@ class Mailbox:
         with self._open() as session:
             self.pulse.turn()
             self.entered = self.clock.monotonic()
+            if self.status in ("STARTING", "STANDBY"):  # a first read may take hours
+                self.status = "CONNECTED"
             state = self.reader.begin(session, state)
             self.reader.settle_absent(session)
             ends = self.clock.monotonic() + SESSION_SECONDS
