@@ -175,6 +175,16 @@ def test_a_standby_takes_over(pipeline: Pipeline) -> None:
     pipeline.assert_accounted(waiting=pipeline.delivered)
 
 
+def test_a_first_read_counts_as_connected(pipeline: Pipeline) -> None:
+    """The counts in the log do not say STARTING until a long first read is over."""
+    pipeline.deliver(*(f"mail {number}" for number in range(300)))
+    with pipeline.producer(PRODUCER_BATCH_SIZE="1", STATS_INTERVAL="0.1") as producer:
+        published = int(producer.wait_for(r"INBOX: CONNECTED, (\d+) published", DEADLINE)[1])
+        assert published < 300
+        pipeline.wait_for_uid(300)
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+
+
 # what a poll costs
 
 
