@@ -222,8 +222,8 @@ class Mailbox:
         status, seconds = ("REAUTH_REQUIRED", REAUTH_SECONDS) if refused else ("MISCONFIGURED", MISCONFIGURED_SECONDS)
         if refused or self.why != str(error):
             log.error("%s: %s: %s", self.title, status, error)
-        self.status, self.why = status, str(error)
         self._let_go()
+        self.status, self.why = status, str(error)
         again = self.clock.monotonic() + seconds
         while self.tokens.stamp() == stamp and self.clock.monotonic() < again:
             if self.pulse.pause(LOOK_SECONDS):
