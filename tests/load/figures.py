@@ -1,4 +1,4 @@
-"""How fast the twins are here, printed and never judged: `python -m tests.load.figures [drain] [intake] [first-read] [arrival] [takeover]`.
+"""How fast the twins are here, printed and never judged: `python -m tests.load.figures [WHAT …]`, one or more of the names below.
 
 drain: one worker process with every guarantee on and a no-op handler empties a stream of 5 KB records. intake: one producer
 process reads a Dovecot mailbox over TLS into the stream. Beside each rate stand the process's peak memory and, as the measure of this
@@ -6,12 +6,13 @@ machine on this day, the bare XREADGROUP + XACK loop. These two are what runs wh
 
 first-read: the memory of a producer while it reads a sandbox mailbox of ten times as many mails for the first time. arrival: from
 the moment the sandbox has a mail to the moment it stands in the stream, one mail at a time, told by IDLE. takeover: from the kill -9 of a
-producer to the first mail that its standby publishes, with the default lease.
+producer to the first mail that its standby publishes, with the default lease. handlers: of 20 ms, async and in threads, and in processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import re
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from tests.support.wait import until
 STREAM = "email_ingestion_stream"
 RECORD_BYTES = 5_000
 ACCOUNT = "load@example.org"
+NEVER = threading.Event()  # waiting for it is how a handler takes its time
 
 
 def no_op(email: object, context: object) -> None:
@@ -85,22 +88,64 @@ def peak_mb(pid: int) -> float:
     return int(found[1]) / 1024 if found else 0.0
 
 
+async def wait_20_ms(email: object, context: object) -> None:
+    """The handler of the async figure."""
+    await asyncio.sleep(0.02)
+
+
+def wait_20_ms_in_a_thread(email: object, context: object) -> None:
+    """The same for threads."""
+    NEVER.wait(0.02)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def emptied(server: RedisServer, count: int, handler: str, **env: str) -> tuple[float, float, float]:
+    """One worker empties the stream: (mails a second, CPU seconds a mail, peak MB), start-up left out."""
+    client = server.client()
+    env |= {"REDIS_URL": server.url, "HTTP_PORT": "0", "WORKER_HANDLER": f"tests.load.figures:{handler}", "LOG_FORMAT": "text"}
+    with tempfile.TemporaryDirectory() as folder, Daemon("worker.py", env=env, tmp=Path(folder)) as worker:
+        until(lambda: client.xlen(STREAM) < count, 30, "the first mails are done")
+        began, first, cpu = time.perf_counter(), client.xlen(STREAM), cpu_seconds(worker.pid)
+        until(lambda: client.xlen(STREAM) == 0, 300, "the stream is empty")
+        seconds, cpu = time.perf_counter() - began, cpu_seconds(worker.pid) - cpu
+        return first / seconds, cpu / first, peak_mb(worker.pid)
+
+
 def drain(count: int) -> None:
-    with tempfile.TemporaryDirectory() as folder, RedisServer("valkey", appendonly=True) as server:
+    with RedisServer("valkey", appendonly=True) as server:
         client = server.client()
         fill(client, count)
         bare = bare_loop(client, count)
         client.xgroup_destroy(STREAM, "bare")
-        env = {"REDIS_URL": server.url, "HTTP_PORT": "0", "WORKER_HANDLER": "tests.load.figures:no_op", "LOG_FORMAT": "text"}
-        with Daemon("worker.py", env=env, tmp=Path(folder)) as worker:
-            until(lambda: client.xlen(STREAM) < count, 30, "the first mails are done")
-            began, first = time.perf_counter(), client.xlen(STREAM)
-            until(lambda: client.xlen(STREAM) == 0, 300, "the stream is empty")
-            rate = first / (time.perf_counter() - began)
-            memory = peak_mb(worker.pid)
+        rate, cpu, memory = emptied(server, count, "no_op")
         results = client.xlen(f"{STREAM}:results")
     print(f"drain   {count} mails of 5 KB, append-only file on: {rate:,.0f} mails/s, {memory:.0f} MB, {results} results kept")
-    print(f"        bare XREADGROUP + XACK by 100: {bare:,.0f}/s, so {rate / bare:.2f} of it")
+    print(
+        f"        {cpu * 1e6:.0f} µs of the worker's CPU a mail; bare XREADGROUP + XACK by 100: {bare:,.0f}/s, so {rate / bare:.2f} of it"
+    )
+
+
+def handlers(count: int) -> None:
+    with RedisServer("valkey", appendonly=True) as server:
+        for handler, isolation, at_once in (
+            ("wait_20_ms", "thread", 64),
+            ("wait_20_ms", "thread", 1000),
+            ("wait_20_ms_in_a_thread", "thread", 64),
+            ("no_op", "process", 2),
+        ):
+            fill(server.client(), count)
+            rate, cpu, memory = emptied(server, count, handler, WORKER_ISOLATION=isolation, WORKER_CONCURRENCY=str(at_once))
+            kind = "async" if handler == "wait_20_ms" else isolation
+            print(
+                f"handlers {handler}, {kind}, {at_once} at once: {rate:,.0f} mails/s, {cpu * 1e6:.0f} µs of the worker's CPU a mail, "
+                f"{memory:.0f} MB"
+            )
+            server.client().flushall()
 
 
 def intake(count: int) -> None:
@@ -224,7 +269,9 @@ def takeover() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", nargs="*", choices=[[], "drain", "intake", "first-read", "arrival", "takeover"], metavar="WHAT")
+    parser.add_argument(
+        "what", nargs="*", choices=[[], "drain", "intake", "first-read", "arrival", "takeover", "handlers"], metavar="WHAT"
+    )
     parser.add_argument("--emails", type=int, default=10_000, metavar="N")
     given = parser.parse_args()
     what, count = given.what or ["drain", "intake"], given.emails
@@ -238,6 +285,8 @@ def main() -> int:
         arrival(min(count, 300))
     if "takeover" in what:
         takeover()
+    if "handlers" in what:
+        handlers(count)
     print("load        " + " ".join(f"{load:.1f}" for load in os.getloadavg()) + f" on {os.cpu_count()} cores")
     return 0
 
