@@ -33,6 +33,7 @@ from src.mail.record import gmail_email_id
 from src.sandbox.demo import Fates, fates
 from src.sandbox.generator import generate
 from src.sandbox.server import Sandbox
+from tests.load import handler
 from tests.load.figures import peak_mb
 from tests.load.plot import Line, Panel, draw
 from tests.support.account import GROUP
@@ -105,7 +106,7 @@ def run(options: Options, console: Console, folder: Path) -> Run:
             source,
             redis,
             folder,
-            WORKER_HANDLER="tests.load.handler:handle",
+            WORKER_HANDLER="tests.load.handler:load",
             LOAD_MS=str(options.handler_ms),
             LOAD_FAIL=str(options.fail_rate),
             LOAD_JOURNAL=str(folder / "handled"),
@@ -133,8 +134,7 @@ def run(options: Options, console: Console, folder: Path) -> Run:
         read_ends(pipeline, seen)
         if any(codes.values()):
             console.print(f"exit codes after SIGTERM: {codes}")
-    lines = (folder / "handled").read_text().split() if (folder / "handled").exists() else []
-    seen.handled = Counter(lines)
+    seen.handled = handler.read(folder / "handled")["end"]
     return seen
 
 
@@ -187,6 +187,9 @@ def watch(
         while kill_at and done + dead >= kill_at[0]:
             kill_at.pop(0)
             victim = draw_.choice([name for name in running if name.startswith("worker")])
+            deadline = time.monotonic() + 2
+            while not held_by(pipeline, victim) and time.monotonic() < deadline:  # with mail in its hands, if it can be had
+                pause.wait(0.001)
             running.pop(victim).kill9()
             held = held_by(pipeline, victim)
             seen.kills.append((time.time(), f"{victim} killed, {len(held)} in hand"))

@@ -46,12 +46,16 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], marks: Sequence[tup
     for number, panel in enumerate(panels):
         out += _panel(panel, TOP + number * (PANEL + GAP), across, seconds)
     bottom = TOP + len(panels) * (PANEL + GAP) - GAP
-    for second, what in marks:
+    for number, (second, what) in enumerate(marks):
         x = LEFT + second * across
+        beside, anchor = (x + 3, "start") if second < 0.8 * seconds else (x - 3, "end")
         out.append(
             f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}" stroke="{MARK}" stroke-width="1" stroke-dasharray="4 3"/>'
         )
-        out.append(f'<text x="{x + 3:.1f}" y="{TOP + 11}" fill="{MARK}" font-size="11">{escape(what)}</text>')
+        out.append(
+            f'<text x="{beside:.1f}" y="{TOP + 11 + 13 * (number % 4)}" text-anchor="{anchor}" fill="{MARK}" font-size="11">'
+            f"{escape(what)}</text>"
+        )
     out.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{height - 10}" text-anchor="middle">seconds since the first mail</text>')
     return "\n".join([*out, "</svg>", ""])
 

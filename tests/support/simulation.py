@@ -218,7 +218,6 @@ class Story:
         self.crashes = self.frozen = self.lost = self.replays = self.copies = 0
         self.quiet = 0  # steps since the last event
         self.finished: set[str] = set()
-        self.moved: list[str] = []
         self.fences: dict[str, tuple[str, int]] = {}  # stream id → the last (consumer, delivery count) seen
         self.last: Actor | None = None  # who took the last step, and goes on more often than not
         self.snapshot: dict[bytes, bytes] | None = None
@@ -377,9 +376,9 @@ class Story:
         self._event(what)
 
     def _copy_an_entry(self, *, move: bool) -> None:
-        """Somebody's hand: an entry is put into the stream once more; the first copy stays or goes."""
+        """Somebody's hand: an entry is put into the stream once more; the first copy stays, or goes if nobody had it yet."""
         admin, stream = self.world.admin, self.keys.stream
-        entries = admin.xrange(stream)
+        entries = [entry for entry in admin.xrange(stream) if not move or entry[0] not in self.fences]
         if not entries:
             return
         sid, fields = self.draw.choice(entries)
@@ -389,7 +388,6 @@ class Story:
         admin.xadd(stream, fields)
         if move:
             admin.xdel(stream, sid)
-            self.moved.append(sid)
 
     def _an_hour_passes(self) -> None:
         intakes = [self.keys.mailbox(self.account, name).intake for name in set(PRODUCERS.values())]
@@ -505,8 +503,6 @@ class Story:
         reasons = {"dead": "permanent", "kill": "poison"}
         dead = {email_id: reasons[subject] for email_id, subject in self.subjects.items() if subject in reasons}
         admin, keys = self.world.admin, self.keys
-        if self.moved:  # who held a deleted entry holds it until its lease ends; then `recover` drops it
-            admin.xack(keys.stream, GROUP, *self.moved)
         assert_accounted(read_books(admin), [*self.subjects], dead=dead)
         assert admin.xinfo_stream(keys.results)["entries-added"] == len(self.subjects) - len(dead), "each is done once"
         if not self.replays and not self.copies:
