@@ -10,12 +10,16 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from src.common.redis_client import RedisClient
+from src.common.scripts import load
 from src.sandbox.server import Sandbox
+from tests.support.faulty import Crash, Fault, Process, Trips
+from tests.support.inline import InlineProducer, World
 from tests.support.mutants import Mutant
 from tests.support.servers import RedisServer
 from tests.support.simulation import Stage, Story
@@ -87,3 +91,60 @@ def test_one_seed_alone(stage: Stage) -> None:
     """The story that SEED names, step by step."""
     story = tell(stage, int(os.environ["SEED"]))
     print("\n".join(story.told))
+
+
+# The checks can fail: without any one of these lines some seed ends in a violation.
+FENCE, NO_FENCE = "if owned[mail.sid] ~= mail.count then", "if false then"
+MUTANTS = (
+    Mutant("publish", "if uidvalidity ~= ARGV[3] or last_uid ~= ARGV[4] then", NO_FENCE),
+    Mutant("publish", "mails[i].known = located[i]", "mails[i].known = false"),
+    Mutant("publish", "or done[i] == 1 end", "end"),
+    Mutant("begin", FENCE, NO_FENCE),
+    Mutant("begin", "elseif ARGV[4] == '1' then", "elseif true then"),
+    Mutant("begin", "elseif solo >= tonumber(ARGV[3]) then", "elseif false then"),
+    Mutant("complete", FENCE, NO_FENCE),
+    Mutant("complete", "redis.call('XACK', KEYS[1], ARGV[1], unpack(sids))"),
+    Mutant("complete", "redis.call('SADD', KEYS[6 + set], unpack(part))"),
+    Mutant("promote", "'|(%d+)$')) + 1", "'|(%d+)$'))"),
+    Mutant("recover", "'IDLE', ARGV[3],", "'IDLE', 0,"),
+    Mutant("renew", "owned[ARGV[i]] == ARGV[i + 1] and mine or lost", "mine"),
+)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_guard_taken_out_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:
+    """One of a hundred seeds at most ends in a violation."""
+    mutant.install(monkeypatch)
+    with pytest.raises(AssertionError) as seen:
+        tell_all(stage, range(1, 101))
+    print(f"{mutant}\n{str(seen.value).partition(chr(10))[0]}")
+
+
+def test_old_mail_that_arrives_late_is_covered_by_the_marker(stage: Stage, tmp_path: Path) -> None:
+    """Published, then the producer dies and Redis forgets: mail older than all before it is read again all the same."""
+    account = f"marker{len(stage.sandbox.accounts())}@gmail.example"
+    world = stage.world(account, tmp_path)
+
+    def arrives(subject: str, day: int) -> None:
+        moment = datetime(2026, 1, day, 12, tzinfo=UTC)
+        stage.sandbox.deliver(account, f"Subject: {subject}\r\n\r\nx".encode(), internal_date=moment)
+
+    arrives("young", 28)
+    InlineProducer(world, Process(Trips())).run()
+    arrives("old", 2)
+    with pytest.raises(Crash):
+        InlineProducer(world, Process(DiesAfterPublish())).run()
+    assert "old" in subjects(world)
+    world.admin.flushall()
+    InlineProducer(world, Process(Trips())).run()
+    assert "old" in subjects(world)
+
+
+class DiesAfterPublish(Trips):
+    def fault_of_next(self, kind: str, what: str) -> Fault | None:
+        return Fault.CRASH_AFTER if load("publish").sha in what else None
+
+
+def subjects(world: World) -> list[str]:
+    return [fields["subject"] for _, fields in world.admin.xrange(world.keys.stream)]

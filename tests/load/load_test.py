@@ -88,10 +88,11 @@ class Run:
     def latencies(self, email_ids: Sequence[str]) -> list[float]:
         return sorted(self.ended[email_id] - self.arrived[email_id] for email_id in email_ids if email_id in self.ended)
 
-    def rate_of(self, email_ids: Sequence[str]) -> float:
-        """Mails a second from the first arrival to the last end."""
-        ends = [self.ended[email_id] for email_id in email_ids if email_id in self.ended]
-        return len(ends) / (max(ends) - min(self.arrived.values())) if ends else 0.0
+    def rate_until(self, email_ids: Sequence[str]) -> float:
+        """Mails a second, all that came to their end, from the first arrival until the last of `email_ids` did."""
+        last = max((self.ended[email_id] for email_id in email_ids if email_id in self.ended), default=0.0)
+        ended = sum(1 for moment in self.ended.values() if moment <= last)
+        return ended / (last - min(self.arrived.values())) if ended else 0.0
 
 
 # the run
@@ -182,7 +183,7 @@ def watch(
         show(len(seen.arrived), done, dead)
         if (done, dead) != last:
             last, moved = (done, dead), time.monotonic()
-        if done + dead >= options.emails and not live or time.monotonic() - moved > STUCK:
+        if (done + dead >= options.emails and not live) or time.monotonic() - moved > STUCK:
             return
         while kill_at and done + dead >= kill_at[0]:
             kill_at.pop(0)
@@ -260,7 +261,7 @@ def summary(seen: Run) -> dict[str, object]:
     return {
         "options": asdict(options),
         "floor": {"mails_per_second": FLOOR_RATE, "average_seconds": FLOOR_LATENCY},
-        "mails_per_second": {"all": seen.rate_of([*seen.arrived]), "judged": seen.rate_of([*judged])},
+        "mails_per_second": {"all": seen.rate_until([*seen.arrived]), "judged": seen.rate_until([*judged])},
         "latency_seconds": {
             "judged": {"mails": len(judged), **spread(seen.latencies([*judged]))},
             "failed by order": {"mails": len(failed), **spread(seen.latencies(failed))},
@@ -285,8 +286,8 @@ def verdicts(seen: Run) -> list[str]:
     assert found is not None
     if not found.hold:
         wrong.append(f"{len(found.lost)} lost, {len(found.twice)} twice, {len(found.strange)} strange")
-    if seen.rate_of(judged) < FLOOR_RATE:
-        wrong.append(f"{seen.rate_of(judged):.0f} mails/s, below {FLOOR_RATE:.0f}")
+    if seen.rate_until(judged) < FLOOR_RATE:
+        wrong.append(f"{seen.rate_until(judged):.0f} mails/s, below {FLOOR_RATE:.0f}")
     latency = spread(seen.latencies(judged))["average"]
     if seen.options.rate and latency > FLOOR_LATENCY:
         wrong.append(f"{latency:.2f} s on average, above {FLOOR_LATENCY:.0f}")
@@ -302,7 +303,8 @@ def report(seen: Run) -> str:
         ("held by a killed worker", [*seen.held]),
     ]
     out = [
-        f"throughput  {seen.rate_of([*seen.arrived]):,.0f} mails/s in all, {seen.rate_of(judged):,.0f} mails/s of those done at once",
+        f"throughput  {seen.rate_until([*seen.arrived]):,.0f} mails/s in all, {seen.rate_until(judged):,.0f} mails/s until the last "
+        "that was done at once",
         f"latency     {'':26}{'mails':>7}{'average':>10}{'p50':>9}{'p95':>9}{'p99':>9}{'most':>9}",
     ]
     for name, email_ids in rows:
@@ -336,14 +338,18 @@ def plot(seen: Run) -> str:
     ]
     options = seen.options
     rate = f"{options.rate:g}/s" if options.rate else "as fast as they come in"
-    subtitle = f"{rate}, {options.workers} workers, handler {options.handler_ms:g} ms, {100 * options.fail_rate:g} % fail. {seen.fates}"
+    subtitle = (
+        f"{rate}, {options.workers} workers, handler {options.handler_ms:g} ms, {100 * options.fail_rate:g} % fail. {seen.fates}"
+    )
     return draw(
         f"{options.emails:,} mails from {options.server}",
         subtitle,
         [
             Panel("Throughput", "mails per second", lines),
             Panel(
-                "Lag", "unfinished mails", [Line("stream length", "#1e8449", [(max(0.0, t - began), n) for t, n in seen.lags], filled=True)]
+                "Lag",
+                "unfinished mails",
+                [Line("stream length", "#1e8449", [(max(0.0, t - began), n) for t, n in seen.lags], filled=True)],
             ),
             Panel("Latency by second of arrival", "milliseconds (log)", latency, log=True),
         ],
@@ -354,10 +360,14 @@ def plot(seen: Run) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.load.load_test", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--emails", type=int, default=10_000, metavar="N", help="default: 10000")
-    parser.add_argument("--rate", type=float, default=150, metavar="R", help="mails a second; 0: as fast as they come in; default: 150")
+    parser.add_argument(
+        "--rate", type=float, default=150, metavar="R", help="mails a second; 0: as fast as they come in; default: 150"
+    )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="default: 2")
     parser.add_argument("--handler-ms", type=float, default=0, metavar="MS", help="what a handler takes; default: 0")
-    parser.add_argument("--fail-rate", type=float, default=0, metavar="P", help="chance that an attempt fails (a tenth of them for good)")
+    parser.add_argument(
+        "--fail-rate", type=float, default=0, metavar="P", help="chance that an attempt fails (a tenth of them for good)"
+    )
     parser.add_argument("--kill", type=int, default=0, metavar="K", help="SIGKILL to a random worker K times; replaced at once")
     parser.add_argument("--server", choices=["sandbox", "dovecot"], default="sandbox")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of mails and kills; default: 1")
@@ -373,7 +383,8 @@ def main() -> int:
     console.print(
         f"{options.emails} mails from {options.server}, "
         f"{f'{options.rate:g} a second' if options.rate else 'as fast as they come in'}, {options.workers} workers, "
-        f"handler {options.handler_ms:g} ms, {100 * options.fail_rate:g} % fail, {options.kill} kills (lease {LEASE} s), seed {options.seed}"
+        f"handler {options.handler_ms:g} ms, {100 * options.fail_rate:g} % fail, {options.kill} kills (lease {LEASE} s), "
+        f"seed {options.seed}"
     )
     with tempfile.TemporaryDirectory(prefix="load-", ignore_cleanup_errors=True) as folder:
         seen = run(options, console, Path(folder))

@@ -53,10 +53,13 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], marks: Sequence[tup
             f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}" stroke="{MARK}" stroke-width="1" stroke-dasharray="4 3"/>'
         )
         out.append(
-            f'<text x="{beside:.1f}" y="{TOP + 11 + 13 * (number % 4)}" text-anchor="{anchor}" fill="{MARK}" font-size="11">'
+            f'<text x="{beside:.1f}" y="{TOP + 11 + 13 * (number % 4)}" text-anchor="{anchor}" fill="{MARK}" font-size="11" '
+            'stroke="#fff" stroke-width="3" paint-order="stroke">'
             f"{escape(what)}</text>"
         )
-    out.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{height - 10}" text-anchor="middle">seconds since the first mail</text>')
+    out.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{height - 10}" text-anchor="middle">seconds since the first mail</text>'
+    )
     return "\n".join([*out, "</svg>", ""])
 
 
@@ -78,9 +81,7 @@ def _panel(panel: Panel, top: float, across: float, seconds: float) -> list[str]
             x = LEFT + second * across
             out.append(f'<line x1="{x:.1f}" y1="{base}" x2="{x:.1f}" y2="{base + 4}" stroke="{INK}"/>')
             out.append(f'<text x="{x:.1f}" y="{base + 17}" text-anchor="middle">{second:,.0f}</text>')
-    out.append(
-        f'<text transform="translate(16 {top + PANEL / 2}) rotate(-90)" text-anchor="middle">{escape(panel.unit)}</text>'
-    )
+    out.append(f'<text transform="translate(16 {top + PANEL / 2}) rotate(-90)" text-anchor="middle">{escape(panel.unit)}</text>')
     right = float(WIDTH - RIGHT)
     for line in reversed(panel.lines):
         out.append(f'<rect x="{right - 12:.0f}" y="{top - 17}" width="12" height="9" fill="{line.colour}"/>')
@@ -90,7 +91,9 @@ def _panel(panel: Panel, top: float, across: float, seconds: float) -> list[str]
         path = " ".join(f"{LEFT + x * across:.1f},{at(y):.1f}" for x, y in line.points)
         if line.filled and line.points:
             first, last = LEFT + line.points[0][0] * across, LEFT + line.points[-1][0] * across
-            out.append(f'<polygon points="{first:.1f},{base} {path} {last:.1f},{base}" fill="{line.colour}" fill-opacity="0.35"/>')
+            out.append(
+                f'<polygon points="{first:.1f},{base} {path} {last:.1f},{base}" fill="{line.colour}" fill-opacity="0.35"/>'
+            )
         out.append(f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="1.6"/>')
     return [*out, f'<line x1="{LEFT}" y1="{base}" x2="{WIDTH - RIGHT}" y2="{base}" stroke="{INK}"/>']
 

@@ -137,7 +137,9 @@ class Soak:
             self.turn()
             if now - told > LINE_EVERY:
                 told = now
-                self.say(f"{now - began:5.0f} s  {len(self.orders)} mails, {self.faults.total()} faults, {self.starts.total()} starts")
+                self.say(
+                    f"{now - began:5.0f} s  {len(self.orders)} mails, {self.faults.total()} faults, {self.starts.total()} starts"
+                )
             pause.wait(0.2)
         self.say(f"{seconds:5.0f} s  nothing goes wrong any more")
         self.rest()
@@ -185,7 +187,7 @@ class Soak:
         unlucky = {email_id for email_id, reason in books.reasons.items() if reason == "poison" and email_id not in dead}
         few = [email_id for email_id in unlucky if journal["begin"][email_id] <= POISON_STARTS]
         assert not few, f"buried as poison after {[journal['begin'][email_id] for email_id in few]} starts"
-        assert_accounted(books, [*self.orders], dead=dead | {email_id: "poison" for email_id in unlucky})
+        assert_accounted(books, [*self.orders], dead=dead | dict.fromkeys(unlucky, "poison"))
         return self.summary(books, unlucky, sum(1 for times in journal["end"].values() if times > 1))
 
     def summary(self, books: Books, unlucky: set[str], repeated: int) -> str:
