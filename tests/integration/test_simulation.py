@@ -74,9 +74,9 @@ def test_sixty_seeds(stage: Stage) -> None:
 
 
 @pytest.mark.full
-def test_three_hundred_seeds(stage: Stage) -> None:
-    """The same for 300 seeds."""
-    tell_all(stage, range(1, 301))
+def test_the_rest_of_three_hundred_seeds(stage: Stage) -> None:
+    """The same for 240 more."""
+    tell_all(stage, range(61, 301))
 
 
 def test_a_seed_tells_the_same_story_again(stage: Stage) -> None:
@@ -122,7 +122,7 @@ def test_a_guard_taken_out_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch
 
 
 def test_old_mail_that_arrives_late_is_covered_by_the_marker(stage: Stage, tmp_path: Path) -> None:
-    """Published, then the producer dies and Redis forgets: mail older than all before it is read again all the same."""
+    """Published, then the producer dies, Redis forgets and the folder is numbered anew: mail older than all before is read again."""
     account = f"marker{len(stage.sandbox.accounts())}@gmail.example"
     world = stage.world(account, tmp_path)
 
@@ -137,6 +137,7 @@ def test_old_mail_that_arrives_late_is_covered_by_the_marker(stage: Stage, tmp_p
         InlineProducer(world, Process(DiesAfterPublish())).run()
     assert "old" in subjects(world)
     world.admin.flushall()
+    stage.sandbox.change_uidvalidity(account)
     InlineProducer(world, Process(Trips())).run()
     assert "old" in subjects(world)
 
