@@ -9,6 +9,7 @@ from typing import Literal
 
 from src.common.batch import split
 from src.common.clock import iso
+from src.common.correlation import traceparent_of
 from src.common.keys import Keys, day_of, open_field
 from src.common.redis_client import Fields, RedisClient
 from src.imap.imap_client import Folder, Meta
@@ -134,6 +135,7 @@ def entry_from_archive(mail: Finished, raw: bytes, *, new_id: str, now: datetime
         size=len(raw),
         email_id=mail.email_id,
         correlation_id=new_id,
+        traceparent=traceparent_of(new_id),
         ingested_at=iso(now),
         raw_ref=mail.raw_ref,
         defects=(WITHOUT_IMAP,),
@@ -200,6 +202,7 @@ def entry_from_imap(
         size=meta.size,
         email_id=mail.email_id,
         correlation_id=new_id,
+        traceparent=traceparent_of(new_id),
         ingested_at=iso(now),
         gm_thrid=meta.gm_thrid,
         gm_labels=meta.gm_labels,

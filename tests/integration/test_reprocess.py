@@ -95,7 +95,7 @@ def test_from_the_archive(pipeline: Pipeline) -> None:
         assert {n: v for n, v in fields.items() if n not in own} == {n: v for n, v in before.items() if n not in own}
         record, record_before = json.loads(fields["record"]), json.loads(before["record"])
         changed = {name for name in record if record[name] != record_before[name]}
-        assert changed <= {"uidvalidity", "gm_thrid", "gm_labels", "defects", "ingested_at"}
+        assert changed <= {"uidvalidity", "gm_thrid", "gm_labels", "defects", "ingested_at", "traceparent"}
         assert fields["replays"] == "1"
     pipeline.wait_for_books(lambda books: sum(books.open.values()) == 2, "two are counted as unfinished")
     work(pipeline)
@@ -120,7 +120,7 @@ def test_from_imap(mailbox: Pipeline) -> None:
         before, own = first[fields["email_id"]], ("correlation_id", "record", "replays")
         assert {n: v for n, v in fields.items() if n not in own} == {n: v for n, v in before.items() if n not in own}
         record, record_before = json.loads(fields["record"]), json.loads(before["record"])
-        assert {name for name in record if record[name] != record_before[name]} <= {"ingested_at"}
+        assert {name for name in record if record[name] != record_before[name]} <= {"ingested_at", "traceparent"}
         digest = record["raw_ref"].removeprefix("sha256:")
         assert (mailbox.tmp / "data" / "raw" / digest[0] / digest).exists(), "kept again, for handlers that read it"
     with mailbox.worker():

@@ -19,7 +19,7 @@ Function = Callable[..., Any]
 def handler_of(function: Function, work: WorkSettings, kind: Any = "plain") -> Handler:
     """`function` as a loaded handler."""
     policy = Policy(work.max_attempts, work.backoff_base, work.backoff_factor, work.backoff_cap, work.backoff_jitter)
-    return Handler(f"tests:{function.__name__}", function, kind, policy, work.handler_timeout)
+    return Handler("tests:handler", function, kind, policy, work.handler_timeout)
 
 
 def consumer_of(

@@ -97,6 +97,14 @@ class Process:
                 self._trips.meanwhile()
         return send()
 
+    @property
+    def dead(self) -> bool:
+        return self._dead
+
+    def doom(self) -> None:
+        """It dies before its next round trip."""
+        self._dead = True
+
     def _die(self) -> NoReturn:
         self._dead = True
         raise Crash

@@ -35,6 +35,8 @@ from src.producer.state_manager import MarkerFile, StateManager
 from src.worker import recovery
 from src.worker.context import Context
 from src.worker.delivery import Seat
+from src.worker.dlq import Failure
+from src.worker.idempotency import Done
 from src.worker.processor import Started
 from tests.support.consumer import Function, consumer_of
 from tests.support.faulty import FaultySession, FaultyStore, FaultyTransport, Process
@@ -140,22 +142,23 @@ class World:
 
 
 class InlineProducer:
-    """producer.py with one mailbox. Its lease thread comes whenever the mailbox waits for its IMAP server."""
+    """producer.py with one mailbox (`name`). Its lease thread comes whenever the mailbox waits for its IMAP server."""
 
-    def __init__(self, world: World, process: Process) -> None:
+    def __init__(self, world: World, process: Process, name: str = MAILBOX) -> None:
         clock, redis_client = a_second_a_look(), RedisClient(FaultyTransport(world.transport, process))
-        self.states = StateManager(redis_client, world.keys, world.account, MAILBOX, secrets.token_hex(8))
+        self.states = StateManager(redis_client, world.keys, world.account, name, secrets.token_hex(8))
+        self._lease = world.settings.mail.lease
         archive = world.archive()
 
         def connect(token: str) -> AbstractContextManager[Session]:
-            return FaultySession(ImapMailbox(world.endpoint, world.account, MAILBOX, token), process, self._renew)
+            return FaultySession(ImapMailbox(world.endpoint, world.account, name, token), process, self._renew)
 
         self.mailbox = Mailbox(
             settings=world.settings,
             account=world.account,
-            name=MAILBOX,
+            name=name,
             states=self.states,
-            marker_file=MarkerFile(world.data_dir, world.account, MAILBOX),
+            marker_file=MarkerFile(world.data_dir, world.account, name),
             tokens=world,
             connect=connect,
             clock=clock,
@@ -173,7 +176,7 @@ class InlineProducer:
     def _renew(self) -> None:
         if self.mailbox.owns:
             with suppress(Transient):
-                self.states.acquire(LEASE)
+                self.states.acquire(self._lease)
 
     def run(self) -> None:
         """Read the mailbox to its end and let it go."""
@@ -184,10 +187,11 @@ class InlineProducer:
 
 
 class InlineWorker:
-    """worker.py: its read loop, its handlers, its settler and its lease thread, one after the other."""
+    """worker.py: its read loop, its handlers, its settler and its lease thread, one after the other. `room`: most mails in hand."""
 
-    def __init__(self, world: World, process: Process, handler: Function = obey) -> None:
+    def __init__(self, world: World, process: Process, handler: Function = obey, room: int = ROOM) -> None:
         self._world = world
+        self._room = room
         self._again = retry_on_redis_error(HurriedShutdown())
         self.seat = Seat(
             RedisClient(FaultyTransport(world.transport, process)),
@@ -220,21 +224,28 @@ class InlineWorker:
         self._again(recovery.join)(self.seat)
 
     def take(self) -> list[Started]:
+        started = self.begin()
+        self.renew()
+        return started
+
+    def begin(self) -> list[Started]:
         def take() -> list[Started]:
             try:
-                return self.consumer.take(ROOM - self.consumer.in_flight())
+                return self.consumer.take(self._room - self.consumer.in_flight())
             except GroupMissing:
                 recovery.join(self.seat)
                 return []
 
-        started = self._again(take)()
+        return self._again(take)()
+
+    def renew(self) -> None:
         with suppress(Transient):
             self.consumer.renew()
-        return started
 
     def settle(self, started: list[Started]) -> None:
-        outcomes = [self.consumer.handle(mail) for mail in started]
+        self.record([self.consumer.handle(mail) for mail in started])
 
+    def record(self, outcomes: list[Done | Failure]) -> None:
         def settle() -> None:
             try:
                 self.consumer.settle(outcomes)

@@ -328,6 +328,18 @@ def test_search_day(state: State, day: date | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("listed", "dated", "looked_at"),
+    [
+        pytest.param([10], None, [], id="the last message again, which a search n:* always names: it has its fate"),
+        pytest.param([9, 10, 11, 60], None, [11, 60], id="all above last_uid"),
+        pytest.param([11, 12, 50, 51], {12}, [12, 51], id="up to the horizon only what SEARCH SINCE named"),
+    ],
+)
+def test_candidates(listed: list[int], dated: set[int] | None, looked_at: list[int]) -> None:
+    assert plan.candidates(replace(STATE, last_uid=10, horizon=50), listed, dated) == looked_at
+
+
+@pytest.mark.parametrize(
     ("uid", "internal_date", "first_complete", "counts"),
     [
         pytest.param(50, SINCE, False, True, id="at the boundary"),
