@@ -163,7 +163,7 @@ GUARDS = (
         "step: owner",
         f"{LUA}/step.lua",
         "~= ARGV[4] then return 'LOST' end",
-        "== nil then return 'LOST' end",
+        "== '' then return 'LOST' end",
         ("tests/integration/test_steps.py",),
     ),
     # it holds
