@@ -163,7 +163,7 @@ class Consumer:
             return "It goes on by itself when the first one lets a call in"
         return (
             "Look: python scripts/dlq.py groups. Mend the handler and restart the workers, then: "
-            "python scripts/dlq.py replay --all, or discard --all"
+            "python scripts/dlq.py replay --error …, or clear"
         )
 
     def _recover(self, room: int) -> list[Delivery]:
@@ -340,7 +340,8 @@ class Consumer:
             self.counts["dead"] += 1
             if failure.verb != "foreign":
                 self._deaths.append(dlq.fingerprint(failure.error_type, failure.error, failure.traceback))
-            log.error("%s is dead after %d attempts (%s)", email_id, answer.attempts, error)
+            plural = "" if answer.attempts == 1 else "s"
+            log.error("%s is dead after %d attempt%s (%s)", email_id, answer.attempts, plural, error)
         elif answer.verdict == "GONE":
             log.error("%s was deleted from the stream by someone else while it was handled", email_id)
         else:

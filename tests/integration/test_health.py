@@ -375,7 +375,7 @@ def test_trace_tells_the_story_of_a_mail(pipeline: Pipeline) -> None:
     [dead] = pipeline.deliver("permanent")
     with pipeline.producer(LOG_FORMAT="json", LOG_LEVEL="DEBUG"), pipeline.worker(LOG_FORMAT="json") as worker:
         pipeline.wait_until_settled()
-        worker.wait_for("is dead after 1 attempts")
+        worker.wait_for("is dead after 1 attempt")
 
     def told(*args: str, code: int) -> Any:
         command = [sys.executable, ROOT / "scripts/trace.py", *args]
@@ -390,7 +390,7 @@ def test_trace_tells_the_story_of_a_mail(pipeline: Pipeline) -> None:
     assert [event["what"] for event in found["events"]] == ["received", "ingested", "dead"]
     lines = [json.loads(line) for line in found["log"]]
     assert f"UID 1 is {dead}" in lines[0]["message"]
-    assert f"{dead} is dead after 1 attempts" in lines[-1]["message"]
+    assert f"{dead} is dead after 1 attempt" in lines[-1]["message"]
     assert [line["timestamp"] for line in lines] == sorted(line["timestamp"] for line in lines)
     assert told("gm:nobody@example.org:1", code=1)["state"] == "unknown"
     pipeline.assert_accounted(dead={dead: "permanent"})

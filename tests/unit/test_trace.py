@@ -149,7 +149,7 @@ def test_lines_of_a_mail_in_order_of_time_over_all_files(tmp_path: Path) -> None
 def test_text_lines_too(tmp_path: Path) -> None:
     """LOG_FORMAT=text: the id at the end of the line."""
     path = tmp_path / "log"
-    mine = ["08:00:01 INFO    hello  correlation_id=c1", f"08:00:02 ERROR   {ID} is dead after 1 attempts (Permanent: no)"]
+    mine = ["08:00:01 INFO    hello  correlation_id=c1", f"08:00:02 ERROR   {ID} is dead after 1 attempt (Permanent: no)"]
     path.write_text("\n".join([mine[1], "08:00:01 INFO    other  correlation_id=c11", mine[0]]))
     assert log_lines([path], ID, "c1") == mine
 
