@@ -102,7 +102,7 @@ MUTANTS = (
     Mutant("complete", FENCE, NO_FENCE),
     Mutant("complete", "redis.call('XACK', KEYS[1], ARGV[1], unpack(sids))"),
     Mutant("complete", "redis.call('SADD', KEYS[6 + set], unpack(part))"),
-    Mutant("promote", "'|(%d+)$')) + 1", "'|(%d+)$'))"),
+    Mutant("promote", "'^%d+|(%d+)')) + 1", "'^%d+|(%d+)'))"),
     Mutant("recover", "'IDLE', ARGV[3],", "'IDLE', 0,"),
     Mutant("renew", "owned[ARGV[i]] == ARGV[i + 1] and mine or lost", "mine"),
 )
