@@ -73,13 +73,13 @@ class Child:
 
     def ready(self) -> Ended | None:
         """Wait until the handlers are loaded; what happened if they are not."""
-        if self._answers(START_SECONDS):
-            try:
-                self._connection.recv()
-                return None
-            except (EOFError, OSError):
-                return self._ended()
-        return self._stuck(f"its handlers were not loaded within {START_SECONDS:.0f} s")
+        try:
+            if not self._answers(START_SECONDS):
+                return self._stuck(f"its handlers were not loaded within {START_SECONDS:.0f} s")
+            self._connection.recv()
+            return None
+        except (EOFError, OSError):
+            return self._ended()
 
     def run(self, job: Job, services: Sequence[Services], seconds: float, now: Callable[[], float]) -> list[Outcome] | Ended:
         """Let it handle a job, for `seconds` at most; `services` one a mail. After Ended this child is of no more use.
@@ -171,8 +171,8 @@ class Remote:
 
 def _main(connection: Connection, lifeline: Connection, settings: Settings, routes: tuple[Route, ...]) -> None:
     """The process: load, then one job after the other until the pipe is closed."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # SIG_IGN would be handed on to what a handler starts
     _end_with(lifeline)
     logging_config.configure(settings.run.log_format, settings.run.log_level)
     tracing.configure("email-worker")

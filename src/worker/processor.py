@@ -39,7 +39,7 @@ Outcome = Done | Failure
 Number = TypeVar("Number", int, float)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Handler:
     """A loaded handler. `kind`: called with one mail, awaited with one mail, or called with a list of mails. `timeout` in seconds."""
 

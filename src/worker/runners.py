@@ -218,9 +218,9 @@ class Runners:
         with self._lock:
             self._children.add(child)
         if self._ended:
-            child.kill()
+            child.kill()  # whoever wanted it gets to see that it is gone
         ended = child.ready()
-        if ended:
+        if ended and not self._ended:
             self.forget(child)
             raise Fatal(f"a process for handlers cannot start: {ended.why}")
         return child

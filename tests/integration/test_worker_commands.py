@@ -111,6 +111,19 @@ def test_drain_works_until_nothing_is_left(pipeline: Pipeline) -> None:
     pipeline.assert_accounted(dead={pipeline.delivered[-1]: "permanent"})
 
 
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_a_handler_may_be_an_object(pipeline: Pipeline, isolation: str) -> None:
+    """src.testing.FailTimes as the handler: each mail fails once, then it is done."""
+    (pipeline.tmp / "flaky.py").write_text(
+        "from src.testing import FailTimes\nhandle = FailTimes(1, lambda mail, told: {'attempt': told.attempt})"
+    )
+    published(pipeline, "one", "two")
+    finished(pipeline.worker("--drain", "--handler", "flaky.py:handle", "--concurrency", "2", WORKER_ISOLATION=isolation))
+    pipeline.assert_accounted()
+    results = pipeline.client.xrange("email_ingestion_stream:results")
+    assert [fields["result"] for _, fields in results] == ['{"attempt":2}'] * 2
+
+
 def test_drain_of_an_empty_stream_ends_at_once(pipeline: Pipeline) -> None:
     assert "stopping: the stream is drained" in finished(pipeline.worker("--drain"))
 

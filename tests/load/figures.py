@@ -104,16 +104,18 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def emptied(server: RedisServer, count: int, handler: str, **env: str) -> tuple[float, float, float]:
-    """One worker empties the stream: (mails a second, CPU seconds a mail, peak MB), start-up left out."""
+def emptied(server: RedisServer, count: int, handler: str, **env: str) -> tuple[float, float, float, float]:
+    """One worker empties the stream: (mails a second, CPU seconds a mail, peak MB, Redis' seconds a mail), start-up left out."""
     client = server.client()
     env |= {"REDIS_URL": server.url, "HTTP_PORT": "0", "WORKER_HANDLER": f"tests.load.figures:{handler}", "LOG_FORMAT": "text"}
     with tempfile.TemporaryDirectory() as folder, Daemon("worker.py", env=env, tmp=Path(folder)) as worker:
         until(lambda: client.xlen(STREAM) < count, 30, "the first mails are done")
+        client.config_resetstat()
         began, first, cpu = time.perf_counter(), client.xlen(STREAM), cpu_seconds(worker.pid)
         until(lambda: client.xlen(STREAM) == 0, 300, "the stream is empty")
         seconds, cpu = time.perf_counter() - began, cpu_seconds(worker.pid) - cpu
-        return first / seconds, cpu / first, peak_mb(worker.pid)
+        scripts = client.info("commandstats")["cmdstat_evalsha"]["usec"] / 1e6
+        return first / seconds, cpu / first, peak_mb(worker.pid), scripts / first
 
 
 def drain(count: int) -> None:
@@ -122,7 +124,7 @@ def drain(count: int) -> None:
         fill(client, count)
         bare = bare_loop(client, count)
         client.xgroup_destroy(STREAM, "bare")
-        rate, cpu, memory = emptied(server, count, "no_op")
+        rate, cpu, memory, scripts = emptied(server, count, "no_op")
         results = client.xlen(f"{STREAM}:results")
     print(f"drain   {count} mails of 5 KB, append-only file on: {rate:,.0f} mails/s, {memory:.0f} MB, {results} results kept")
     print(
@@ -139,11 +141,13 @@ def handlers(count: int) -> None:
             ("no_op", "process", 2),
         ):
             fill(server.client(), count)
-            rate, cpu, memory = emptied(server, count, handler, WORKER_ISOLATION=isolation, WORKER_CONCURRENCY=str(at_once))
+            rate, cpu, memory, scripts = emptied(
+                server, count, handler, WORKER_ISOLATION=isolation, WORKER_CONCURRENCY=str(at_once)
+            )
             kind = "async" if handler == "wait_20_ms" else isolation
             print(
-                f"handlers {handler}, {kind}, {at_once} at once: {rate:,.0f} mails/s, {cpu * 1e6:.0f} µs of the worker's CPU a mail, "
-                f"{memory:.0f} MB"
+                f"handlers {handler}, {kind}, {at_once} at once: {rate:,.0f} mails/s; a mail costs {cpu * 1e6:.0f} µs of the worker's CPU "
+                f"and {scripts * 1e6:.0f} µs of Redis' in scripts; {memory:.0f} MB"
             )
             server.client().flushall()
 
