@@ -124,6 +124,14 @@ class Pipeline:
             lambda books: wanted <= books.fates() and not books.stream, f"{len(wanted)} mails are settled", timeout
         )
 
+    def wait_until_settled_but(self, waiting: Collection[str]) -> Books:
+        """Wait until all delivered mails but `waiting` are done, discarded or dead, and only those are left in the stream."""
+        wanted = set(self.delivered) - set(waiting)
+        return self.wait_for_books(
+            lambda books: wanted <= books.fates() and {fields["email_id"] for fields in books.stream.values()} == set(waiting),
+            f"{len(wanted)} mails are settled",
+        )
+
     def assert_accounted(self, **expected: Any) -> None:
         """See `tests.support.account.assert_accounted`, for everything delivered."""
         assert_accounted(self.books(), self.delivered, **expected)

@@ -46,6 +46,18 @@ def have_dovecot() -> bool:
     return all(shutil.which(binary, path=SEARCH_PATH) for binary in ("dovecot", "openssl"))
 
 
+def faketime(moment: str = "", file: Path | None = None) -> dict[str, str]:
+    """The environment in which a process has another wall clock: `moment` ("+1h"), or what stands in `file` at each look.
+
+    {} where libfaketime is not installed (`need(bool(faketime()), "faketime")`). The monotonic clock stays what it is.
+    """
+    library = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
+    if library is None:
+        return {}
+    given = {"FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_CACHE_DURATION": "1"} if file else {"FAKETIME": moment or "+0"}
+    return {"LD_PRELOAD": str(library), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1", **given}
+
+
 def need(present: bool, package: str) -> None:
     """Skip the running test when a server is missing; fail it where CI=true, so that nothing is skipped unseen there."""
     if present:
@@ -71,10 +83,16 @@ class RedisServer:
     """
 
     def __init__(
-        self, binary: Literal["valkey", "redis"], *, appendonly: bool = False, options: Mapping[str, str] | None = None
+        self,
+        binary: Literal["valkey", "redis"],
+        *,
+        appendonly: bool = False,
+        options: Mapping[str, str] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self._binary = get_binary_path() if binary == "valkey" else shutil.which("redis-server", path=SEARCH_PATH)
         self._options = {"appendonly": "yes" if appendonly else "no"} | dict(options or {})
+        self._env = ENVIRONMENT | dict(env or {})
         self._directory = Path(tempfile.mkdtemp(prefix=f"{binary}-"))
         self.socket_path = self._directory / "s"
         assert len(os.fsencode(self.socket_path)) <= SOCKET_PATH_LIMIT, (
@@ -98,6 +116,11 @@ class RedisServer:
     def pid(self) -> int:
         return self._running().pid
 
+    @property
+    def directory(self) -> Path:
+        """Where it keeps its data."""
+        return self._directory
+
     def client(self, **options: Any) -> redis.Redis:
         """A fresh client over the unix socket: text answers, RESP2, no retries; `options` go to redis.Redis and win."""
         defaults: dict[str, Any] = {"decode_responses": True, "protocol": 2, "retry": Retry(NoBackoff(), 0), "socket_timeout": 30}
@@ -109,7 +132,7 @@ class RedisServer:
         argv += ["--dir", str(self._directory), "--save", "", "--daemonize", "no"]
         for name, value in self._options.items():
             argv += [f"--{name}", value]
-        self._process = ChildProcess(argv, log=self._directory / "log", env=ENVIRONMENT, cwd=self._directory)
+        self._process = ChildProcess(argv, log=self._directory / "log", env=self._env, cwd=self._directory)
         until(self._answers, START_TIMEOUT, f"{self._binary} answers PING")
 
     def stop(self) -> None:
