@@ -53,6 +53,5 @@ def configure(log_format: Literal["auto", "json", "text"], level: str, stream: T
         )
     )
     logging.basicConfig(handlers=[handler], level=level, force=True)
-    # What these say below WARNING is of no use to users, and holds tokens (requests_oauthlib, oauthlib) or request headers (botocore).
-    for chatty in ("imapclient", "urllib3", "google", "uvicorn", "asyncio", "requests_oauthlib", "oauthlib", "botocore"):
+    for chatty in ("imapclient", "urllib3", "google", "uvicorn", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -445,15 +445,20 @@ def hours(daemon: Daemon) -> set[str]:
 
 @pytest.mark.parametrize("steps", [("+1h", "+0"), pytest.param(("-1h", "+0"), marks=pytest.mark.full)])
 def test_the_clock_of_redis_jumps_by_an_hour(sandbox: Sandbox, tmp_path: Path, steps: tuple[str, str]) -> None:
-    """Leases look run out, or without an end; blocked reads come late: results once all the same, and nobody waits for the hour."""
+    """Leases look run out, or without an end, of a producer that died too; blocked reads come late: results once all the same, and nobody
+    waits for the hour."""
     need(bool(faketime()), "faketime")
     clock = tmp_path / "clock"
     clock.write_text("+0")
     with RedisServer("valkey", env=faketime(file=clock)) as server:
         env = {**FAST, "REDIS_SOCKET_TIMEOUT": "2"}
         pipeline = Pipeline(sandbox, server, tmp_path, **env)
-        with pipeline.producer(), pipeline.worker(), pipeline.worker():
+        with ExitStack() as stack:
+            stack.enter_context(pipeline.worker())
+            stack.enter_context(pipeline.worker())
             for number, step in enumerate(steps):
+                producer = stack.enter_context(pipeline.producer())
+                pipeline.wait_for_first_poll()
                 held = pipeline.deliver(f"hold gate{number}", "fail 1", "one")
                 pipeline.wait_for_begun(held)
                 pipeline.wait_until_settled_but(held[:1])
@@ -466,6 +471,7 @@ def test_the_clock_of_redis_jumps_by_an_hour(sandbox: Sandbox, tmp_path: Path, s
                 pipeline.deliver("fail 1", "two")
                 pipeline.open_gate(f"gate{number}")
                 pipeline.wait_until_settled()
+                producer.kill9()  # its lease may end in an hour, by the clock of now
         pipeline.assert_accounted()
 
 
@@ -519,12 +525,13 @@ def test_the_token_endpoint_fails_in_every_way(pipeline: Pipeline, sandbox: Sand
 def test_a_third_party_deletes_entries(pipeline: Pipeline) -> None:
     """XDEL of mail at work: what finishes is done all the same; what fails is told as gone, and read again from the mailbox."""
     with pipeline.producer(RELIST_INTERVAL="0.5"), pipeline.worker() as worker:
-        [finishes, fails] = pipeline.deliver("hold gate", "hold other")
+        [finishes, fails] = pipeline.deliver("hold gate", "break other")
         pipeline.wait_for_begun([finishes, fails])
         pipeline.client.xdel(STREAM, *pipeline.books().stream)
         pipeline.open_gate("gate")
         pipeline.wait_until_settled([finishes])
         pipeline.open_gate("other")
+        worker.wait_for(f"{fails} was deleted from the stream by someone else", DEADLINE)
         pipeline.deliver("after")
         pipeline.wait_until_settled()
         assert worker.running()

@@ -27,6 +27,7 @@ from tests.support.daemons import Daemon
 from tests.support.pipeline import DEADLINE, Pipeline
 from tests.support.processes import free_port
 from tests.support.servers import Dovecot, RedisServer, have_redis, make_certificate, need
+from tests.support.wait import until
 from tests.unit.test_consent import NoRedirect, visit
 
 STREAM = "email_ingestion_stream"
@@ -355,13 +356,27 @@ def test_every_file_is_for_its_owner_alone(pipeline: Pipeline) -> None:
     with pipeline.producer(**env) as producer:
         producer.wait_for("producer reads", DEADLINE)
         finished(pipeline.worker("--handler", "src.handlers.jsonl:handle", "--drain", **env))
+        (pipeline.tmp / "mine.py").write_text("def handle(email, context): open('mine.txt', 'w').write(email.text)\n")
+        (pipeline.tmp / "mine.py").chmod(0o600)
+        pipeline.deliver("three")
+        until(lambda: len(list((data / "raw").glob("[0-9a-f]/*"))) == 3, DEADLINE, "it is published soon")
+        with pipeline.worker("--handler", "mine.py:handle", **env):
+            until((pipeline.tmp / "mine.txt").exists, DEADLINE, "it is handled")
     made = [
         path
         for path in pipeline.tmp.rglob("*")
         if (path not in before and path.suffix != ".log") or path.parent == data / "redis"
     ]
     names = {path.name for path in made}
-    assert names >= {"INBOX.json", "mails.jsonl", "users.lock", "valkey.log", f"{pipeline.account}.json.lock", "archive"}
+    assert names >= {
+        "mine.txt",
+        "INBOX.json",
+        "mails.jsonl",
+        "users.lock",
+        "valkey.log",
+        f"{pipeline.account}.json.lock",
+        "archive",
+    }
     assert any(path.suffix == ".aof" for path in made)
     assert [f"{path} {stat.filemode(path.lstat().st_mode)}" for path in made if path.lstat().st_mode & 0o077] == []
 

@@ -6,6 +6,7 @@ The first words of the subject are the order:
     hold NAME   finish once the file NAME exists       kill N      SIGKILL to the own process, the first time only
     stuck       hold the GIL for ever                              once N other mails are at work in it
     again NAME  raise in the first attempt, then as hold
+    break NAME  raise once the file NAME exists, in the first attempt
     slow MS     take that long                     segfault    read at address 0
     exit        os._exit                           eat MB      take so much memory, and keep it for this call
     (else)      finish at once
@@ -61,8 +62,10 @@ def obey(email: Email, context: Context) -> dict[str, Any]:
         if first:
             until(lambda: at_work(journal, os.getpid()) > int(argument), PATIENCE, f"{argument} others are at work")
         os.kill(os.getpid(), signal.SIGKILL)
-    if order in ("hold", "again"):
+    if order in ("hold", "again", "break"):
         until((journal.parent / argument).exists, PATIENCE, f"the file {argument}")
+    if order == "break" and first:
+        raise RuntimeError("it fails late, as ordered")
     if order == "stuck":
         re.fullmatch(r"(a+)+", "a" * 64 + "b")
     if order == "segfault":
