@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.resync_from and (given.dry_run or given.list_mailboxes or given.auth_setup):
         parser.error("--resync-from goes with a read, or with --once")
+    os.umask(0o077)  # whatever is written here is about somebody's mail
     shutdown = Shutdown()
     flags = {
         FLAGS[name]: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items() if name in FLAGS

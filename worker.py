@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> int:
     given = arguments().parse_args()
     flags = {variable: getattr(given, flag) for flag, variable in FLAGS.items()}
+    os.umask(0o077)  # whatever is written here is about somebody's mail; handlers inherit it
     shutdown = Shutdown()
     try:
         settings = load_settings(flags)

@@ -362,6 +362,12 @@ class RunSettings(Section):
     )
     stats_interval: Positive = Field(60, alias="STATS_INTERVAL", description="Seconds between two lines of counts in the log.")
     shutdown_timeout: Positive = Field(30, alias="SHUTDOWN_TIMEOUT", description="Seconds handlers get to finish after SIGTERM.")
+    hang_timeout: Positive = Field(
+        1800,
+        alias="HANG_TIMEOUT",
+        description="Seconds that a loop of a daemon may stand still after /health has said 503; then the process shows where its "
+        "threads stand and ends with 1.",
+    )
     http_host: str = Field("127.0.0.1", alias="HTTP_HOST", description="Address the health endpoint listens on.")
     http_port: int | None = Field(
         None,

@@ -4,7 +4,7 @@ cd "$(dirname "$0")/.." || exit 1
 
 usage="usage: ./scripts/test.sh [--all] [--help] [pytest arguments…]
 
-Sets up what is missing (.venv with the pinned packages; on Debian redis-server, dovecot-imapd and postgresql, whose services are not
+Sets up what is missing (.venv with the pinned packages; on Debian redis-server, dovecot-imapd, postgresql and faketime, whose services are not
 started), runs scripts/check.sh, then all tests with at least 90 % of src covered.
 
   --all    also the long runs (tests marked full)
@@ -27,7 +27,7 @@ done
 . scripts/lib.sh
 SECONDS=0
 setup_python dev
-setup_debian redis-server:redis-server dovecot-imapd:dovecot postgresql:initdb openssl:openssl
+setup_debian redis-server:redis-server faketime:faketime dovecot-imapd:dovecot postgresql:initdb openssl:openssl
 
 failed=()
 if [ $# -gt 0 ]; then

@@ -78,6 +78,7 @@ def _client(url: str, settings: Settings) -> RedisClient:
 def _announced(client: RedisClient, description: str) -> Iterator[RedisClient]:
     log.info("Redis: %s", description)
     try:
+        client.ping()  # a wrong password or certificate ends the process here, with its line
         if client.persists() is False:
             log.warning(
                 "this Redis keeps nothing on disk: a restart of it loses unfinished mail. Switch on: redis-cli CONFIG SET appendonly yes"

@@ -29,10 +29,13 @@ class TextFormatter(logging.Formatter):
         if record.__dict__.get("correlation_id"):
             extra.append(f"correlation_id={record.__dict__['correlation_id']}")
         line = f"{moment} {record.levelname:<7} {record.getMessage()}" + ("  " + " ".join(extra) if extra else "")
-        line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
-        if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
-        return line
+        lines = [line, *(f"  {part}" for part in self._stacks(record))]  # indented: no line of it can pass for one of the log
+        return "\n".join("".join(char if char.isprintable() else repr(char)[1:-1] for char in part) for part in lines)
+
+    def _stacks(self, record: logging.LogRecord) -> list[str]:
+        stacks = [self.formatException(record.exc_info)] if record.exc_info else []
+        stacks += [record.stack_info] if record.stack_info else []
+        return [part for stack in stacks for part in stack.splitlines()]
 
 
 def configure(log_format: Literal["auto", "json", "text"], level: str, stream: TextIO = sys.stderr) -> None:

@@ -6,7 +6,9 @@ Who calls decides whether to repeat it (`src.common.retry`), and every transitio
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -86,12 +88,16 @@ class RedisClient:
                 retry=Retry(NoBackoff(), 0),
                 max_connections=max_connections,
                 health_check_interval=0,
+                driver_info=None,  # no CLIENT SETINFO at each connect: Redis 7.0 does not know it, and an ACL would have to allow it
             )
         except ValueError:  # its text may hold a part of the password
             raise ConfigurationError(
                 "REDIS_URL: host, port or an option of the address cannot be read "
                 "(special characters in user and password are written as %XX)"
             ) from None
+        authorities = transport.connection_pool.connection_kwargs.get("ssl_ca_certs")
+        if authorities and not Path(authorities).is_file():
+            raise ConfigurationError(f"REDIS_URL: there is no file {authorities} (ssl_ca_certs)")
         transport.response_callbacks.clear()  # replies as RESP2 sends them: no per-command reshaping in the hot path
         return cls(transport)
 
@@ -221,6 +227,11 @@ def translated(error: Exception) -> IngestionError:
         return RedisFull(text)
     if isinstance(error, (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)) or code in NOT_ALLOWED:
         return ConfigurationError(f"Redis refuses us ({text}): check user and password in REDIS_URL and the server's ACL")
+    if isinstance(error.__context__, ssl.SSLCertVerificationError):
+        return ConfigurationError(
+            f"the certificate of Redis is not trusted ({error.__context__.verify_message}): nothing was sent. "
+            "A server with an authority of its own: REDIS_URL=rediss://…?ssl_ca_certs=/path/of/ca.pem"
+        )
     if isinstance(error, NOT_NOW_ERRORS) or code in NOT_NOW:
         return RedisUnavailable(text or type(error).__name__)
     if code == "NOGROUP":

@@ -47,6 +47,10 @@ LOGOUT_SECONDS = 2.0
 LINE_BYTES = 64_000_000  # SEARCH answers in one line; imaplib's own limit of 1,000,000 ends at about 130,000 mails
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
+# A peer that is gone without a word is noticed by the kernel within 80 s, also where nothing is to be said for longer (a long poll).
+# TCP_KEEPALIVE is macOS' word for TCP_KEEPIDLE; TCP_USER_TIMEOUT (ms) is for what was sent and never acknowledged.
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 5, "TCP_USER_TIMEOUT": 80_000}
+
 # What Gmail shows under these attributes (RFC 6154, RFC 8457), unless the account's owner hides it from IMAP.
 GMAIL_USES = ("\\All", "\\Drafts", "\\Flagged", "\\Important", "\\Junk", "\\Sent", "\\Trash")
 SPECIAL_USES = (*GMAIL_USES, "\\Archive")
@@ -360,6 +364,12 @@ def _translated(endpoint: ImapEndpoint, cut: Callable[[], None]) -> Iterator[Non
     except IngestionError:
         cut()
         raise
+    except ssl.SSLCertVerificationError as error:
+        cut()
+        raise ConfigurationError(
+            f"the certificate of {endpoint.host}:{endpoint.port} is not trusted ({error.verify_message}): nothing was sent. "
+            "A server with an authority of its own: IMAP_CA_FILE"
+        ) from error
     except FOREIGN as error:
         cut()
         raise _unavailable(f"{endpoint.host}:{endpoint.port}: {_describe(error)}") from error
@@ -382,6 +392,9 @@ class _Connection(imaplib.IMAP4):
         raw = socket.create_connection((host, port), self._patience)
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            if hasattr(socket, name):
+                raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.sock = self._context.wrap_socket(raw, server_hostname=host) if self._context else raw
 
     def read(self, size: int) -> bytes:

@@ -30,6 +30,7 @@ from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
 from src.common.registry import Registration
 from src.common.shutdown import Shutdown
 from src.common.watch import Limits, Watch, check_policy
+from src.common.watchdog import Watchdog
 from src.imap.imap_client import ImapEndpoint, ImapMailbox
 from src.monitoring import endpoint
 from src.producer.mailbox import Mailbox, is_down
@@ -166,6 +167,8 @@ class Producer:
         readers = [shutdown.guard(mailbox.title, mailbox.run) for mailbox in self.mailboxes]
         shutdown.guard("leases", self._keep_leases)
         shutdown.guard("sweep", self._sweep)
+        end_within = 2 * run.shutdown_timeout + 4 * self.settings.redis.socket_timeout
+        shutdown.guard("watchdog", Watchdog(self.beats, run.hang_timeout, end_within, shutdown, self.clock).run)
         log.info("producer reads %s into %s", ", ".join(mailbox.title for mailbox in self.mailboxes), self.settings.stream.name)
 
         shutdown.add_step(10, "mailboxes", lambda: self._join(readers))

@@ -30,6 +30,7 @@ from src.common.registry import Registration
 from src.common.retry import retry_on_redis_error
 from src.common.shutdown import Shutdown
 from src.common.watch import Limits, Watch, check_policy
+from src.common.watchdog import Watchdog
 from src.monitoring import endpoint
 from src.worker import dlq, recovery
 from src.worker.child import Child
@@ -108,6 +109,8 @@ class Worker:
         shutdown.guard("leases", self._keep_leases)
         shutdown.guard("pulse", self._pulse)
         reader = shutdown.guard("reader", self._read_loop)
+        end_within = 2 * settings.run.shutdown_timeout + 4 * settings.redis.socket_timeout
+        shutdown.guard("watchdog", Watchdog(self.beats, settings.run.hang_timeout, end_within, shutdown, self.clock).run)
         self._look_at_archive()
         log.info("worker %s reads %s as group %s", self.seat.consumer, self.seat.keys.stream, self.seat.group)
 
@@ -230,6 +233,7 @@ class Worker:
 
         @retry_on_redis_error(self.shutdown)
         def settle() -> None:
+            self.beats.turn("settler", limit=60 + 4 * self.settings.redis.socket_timeout)
             try:
                 self.consumer.settle(outcomes)
             except GroupMissing:
@@ -242,6 +246,7 @@ class Worker:
             log.error(
                 "%d finished mails could not be recorded (%s): they are handled again after their lease", len(outcomes), error
             )
+        self.beats.ended("settler")  # until there is more to settle
 
     def _keep_leases(self) -> None:
         every = self.consumer.renew_every

