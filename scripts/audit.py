@@ -189,7 +189,7 @@ class Audit:
             for email_id, place in gone.items()
             if email_id in findings.dangling_of(account)
         }
-        count = repair.forget(self.redis, self.keys, gone)
+        count = repair.forget(self.redis, self.keys, self.group, gone)
         if count:
             findings.found["forgotten"] = count
             say(f"{count} mails were deleted by hand, here and from their mailboxes: they are forgotten")

@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 FIRST_PORT = 8080
 SWEEP_SECONDS = 6 * 3600.0
-CHECKUP_SECONDS = 1800.0  # each mailbox asks about once an hour
 WELL = ("STARTING", "CONNECTED", "STANDBY", "STOPPED")
 GMAIL_HOSTS = ("imap.gmail.com", "imap.googlemail.com")
 
@@ -118,7 +117,7 @@ class Producer:
         place = settings.run.raw_archive
         self.archive = open_archive(place.get_secret_value() if place else None, settings.run.data_dir)
 
-        checkup = Checkup(redis, keys, settings.stream.group, clock, CHECKUP_SECONDS)
+        checkup = Checkup(redis, keys, settings.stream.group, clock, every=3 * settings.mail.relist_interval)
 
         def mailbox(access: Access, name: str) -> Mailbox:
             account, mail = access.account.username, access.account.mail

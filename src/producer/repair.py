@@ -106,11 +106,11 @@ def examine(redis: RedisClient, keys: Keys, group: str, *, mend: bool) -> Findin
     return findings
 
 
-def forget(redis: RedisClient, keys: Keys, dangling: dict[str, str]) -> int:
+def forget(redis: RedisClient, keys: Keys, group: str, dangling: dict[str, str]) -> int:
     """Mail that someone deleted here and that is in no mailbox any more: nothing is left of it. How many; the counters are still off."""
     own = [keys.stream, keys.index, keys.starts, keys.tries, keys.due, keys.dlq]
     pages = _pages(dangling.items(), PAGE)
-    return sum(redis.run("forget", own, [part for pair in page for part in pair]).count("OK") for page in pages)
+    return sum(redis.run("forget", own, [group, *(part for pair in page for part in pair)]).count("OK") for page in pages)
 
 
 def recount(redis: RedisClient, keys: Keys) -> int:
@@ -143,7 +143,8 @@ def recount(redis: RedisClient, keys: Keys) -> int:
 
 @dataclass
 class Checkup:
-    """`examine` with mending, for all mailboxes of a process together: the first that asks does it, the others are told what it found."""
+    """`examine` with mending, for all mailboxes of a process together: the first that asks does it, the others are told what it found.
+    `every`: seconds, less than lie between two questions of one mailbox."""
 
     redis: RedisClient
     keys: Keys

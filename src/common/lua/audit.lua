@@ -2,7 +2,7 @@
 -- Where each of these mails stands.
 -- KEYS 1 stream 2 index 3 due 4 dlq 5.. processed sets   ARGV 1 group, then n x {email_id, member, number of its set from 1}
 -- -> n x (done | unread | flight | waiting | lost: in the stream, but no worker would ever see it | dead |
---         dangling: the index names an entry or a letter that is gone | unknown)
+--         dangling: the index names an entry or a letter that is gone, and nobody holds it | unknown)
 --#include stands
 --#include standing
 local ids, of_set, answer = {}, {}, {}
@@ -17,14 +17,13 @@ if #ids == 0 then return answer end
 local located = redis.call('HMGET', KEYS[2], unpack(ids))
 local stand = standing(KEYS[1], ARGV[1], KEYS[3])
 for i, email_id in ipairs(ids) do
+  local kind, sid = string.sub(located[i] or '', 1, 1), string.sub(located[i] or '', 3)
   if not located[i] then
     answer[i] = 'unknown'
   elseif not stands(KEYS[1], KEYS[4], located[i]) then
-    answer[i] = 'dangling'
-  elseif string.sub(located[i], 1, 1) == 'D' then
-    answer[i] = 'dead'
+    answer[i] = kind == 'S' and pending(KEYS[1], ARGV[1], sid) and 'flight' or 'dangling'
   else
-    answer[i] = stand(string.sub(located[i], 3), email_id)
+    answer[i] = kind == 'D' and 'dead' or stand(sid, email_id)
   end
 end
 for set, part in pairs(of_set) do

@@ -5,7 +5,7 @@
 -- -> {next cursor ('0': that was all), n x {what was found, email_id ('' if there is none), id or value, more}}
 -- stream: LOST, delivered, yet nobody's and not waiting: handed back, as `release` does, with a higher delivery count than it ever had
 --         STRAY, a mail known to no index: only named, with account, mailbox and internal_date; `adopt` mends it
--- index:  DANGLING, the entry or letter is gone: only named; the mail is still in its mailbox, `publish` brings it again
+-- index:  DANGLING, the entry or letter is gone and nobody holds it: only named; the mail is still in its mailbox, `publish` brings it again
 -- due:    NOTHING_DUE, waits for its attempt without an entry: removed
 -- starts, tries: MARK, of a mail that no index knows: removed
 -- open:   MISCOUNT, unfinished and dead mails by the counters, and by the index: only named; `recount` mends it
@@ -46,7 +46,10 @@ elseif walk == 'index' then
   local found = redis.call('HSCAN', KEYS[2], cursor, 'COUNT', page)
   answer[1] = found[1]
   for i = 1, #found[2], 2 do
-    if not stands(KEYS[1], KEYS[6], found[2][i + 1]) then answer[#answer + 1] = {'DANGLING', found[2][i], found[2][i + 1]} end
+    local location = found[2][i + 1]
+    if not stands(KEYS[1], KEYS[6], location) and not pending(KEYS[1], ARGV[1], string.sub(location, 3)) then
+      answer[#answer + 1] = {'DANGLING', found[2][i], location}
+    end
   end
 elseif walk == 'due' then
   local found = redis.call('ZSCAN', KEYS[5], cursor, 'COUNT', page)

@@ -1,3 +1,7 @@
+-- pending(stream, group, stream id) -> whether a worker holds it, also where the entry was deleted under its hands: it may finish it yet.
+local function pending(stream, group, sid)
+  return #redis.pcall('XPENDING', stream, group, sid, sid, 1) > 0         -- no such group: nobody holds anything
+end
 -- standing(stream, group, due) -> function(stream id, email_id) -> unread | flight | waiting | lost, of an entry that is in the stream.
 -- Up to the group's last-delivered id everything was delivered, and no transition leaves such an entry neither pending nor due: then
 -- someone else took it out of the pending list (XACK, XGROUP DELCONSUMER), and no worker would ever see it again.
@@ -16,6 +20,6 @@ local function standing(stream, group, due)
     ms, seq = tonumber(ms), tonumber(seq)
     if ms > last_ms or (ms == last_ms and seq > last_seq) then return 'unread' end
     if redis.call('ZSCORE', due, sid .. '|' .. email_id) then return 'waiting' end
-    return #redis.call('XPENDING', stream, group, sid, sid, 1) > 0 and 'flight' or 'lost'
+    return pending(stream, group, sid) and 'flight' or 'lost'
   end
 end
