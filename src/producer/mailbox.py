@@ -34,8 +34,8 @@ from src.imap.imap_client import session_over
 from src.producer.plan import State
 from src.producer.progress import Progress
 from src.producer.pulse import Pulse
-from src.producer.reader import NotOurs, Reader, Session
-from src.producer.repair import Findings
+from src.producer.reader import CheckupCall, NotOurs, Reader, Session
+from src.producer.repair import no_checkup
 from src.producer.state_manager import Held, MarkerFile, StateManager
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Mailbox:
     breaker: CircuitBreaker
     archive: Archive | None = None
     gate: Callable[[], str] = lambda: ""
-    checkup: Callable[[], Findings] = Findings
+    checkup: CheckupCall = no_checkup
     status: str = "STARTING"
     why: str = ""
     owns: bool = False

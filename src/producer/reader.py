@@ -24,7 +24,7 @@ from src.producer import plan
 from src.producer.plan import Marker, State
 from src.producer.progress import Progress
 from src.producer.pulse import Pulse
-from src.producer.repair import Findings
+from src.producer.repair import Findings, no_checkup
 from src.producer.state_manager import Identity, Mail, MarkerFile, StateManager
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,12 @@ class Session(Protocol):
     def bodies(self, uids: Sequence[int]) -> dict[int, bytes]: ...
     def head(self, uid: int, limit: int) -> bytes: ...
     def wait(self, seconds: float, stop: Callable[[], bool]) -> bool: ...
+
+
+class CheckupCall(Protocol):
+    """What is needed of `src.producer.repair.Checkup`."""
+
+    def __call__(self, *, anew: bool) -> Findings: ...
 
 
 Judge = Callable[[State, int, str, str], bool]  # (state, UID, INTERNALDATE, forgotten before) → is it to be published
@@ -86,7 +92,7 @@ class Reader:
     progress: Progress
     archive: Archive | None = None
     gate: Callable[[], str] = lambda: ""
-    checkup: Callable[[], Findings] = Findings
+    checkup: CheckupCall = no_checkup
     paused: str = ""
     only_old: bool = False
     last_uid: int = 0
@@ -102,6 +108,7 @@ class Reader:
     _next_look_back: float = 0.0
     _looks_back: int = 0
     _found: int = 0
+    _checked: bool = False
     _spent: tuple[date | None, int] = (None, 0)
     _newest: str = ""
     _marker: Marker | None = None
@@ -235,6 +242,7 @@ class Reader:
     def look_back(self, session: Session, state: State) -> None:
         """UIDs may become visible late, and Redis may lose what it knew: look again at the last 1,000, every hour at two days, and as far
         back as someone asked."""
+        self._checked = False
         if self.resync:
             since = date.fromisoformat(self.resync.removeprefix(plan.LATE))
             found = session.uids_since(since - timedelta(days=1))
@@ -262,7 +270,7 @@ class Reader:
 
     def _of_two_days(self, session: Session) -> set[int]:
         """UIDs of the last two days; where mail was deleted from Redis by hand, of all days that have unfinished mail."""
-        deleted = self.pulse.ask_redis(self.checkup).dangling_of(self.account)
+        deleted = self.pulse.ask_redis(lambda: self.checkup(anew=False)).dangling_of(self.account)
         days = [self.clock.wall().date() - timedelta(days=3)]
         if deleted:
             since = plan.all_open_since(self.pulse.ask_redis(self.states.open_days), self.account, self.name)
@@ -308,12 +316,12 @@ class Reader:
         metas.update({uid: Meta(uid, "", 0, "", "", (), b"") for uid in uids if uid in self._given_up and uid not in metas})
         ready, absent = plan.prefix([uid for uid in uids if uid not in self._gone], metas.keys())
         identities = {uid: self._identity(session.folder, metas[uid]) for uid in ready}
-        fresh, deleted = self._unknown(identities, moves=moves)
         self._newest = max([self._newest, *(metas[uid].internal_date for uid in ready)])
-        forgotten = iso(self.clock.wall() - timedelta(days=self.settings.stream.processed_days))
-        wanted = [
-            uid for uid in ready if uid in deleted or (uid in fresh and judge(state, uid, metas[uid].internal_date, forgotten))
-        ]
+        fresh, wanted = self._wanted(state, metas, identities, judge, moves=moves)
+        if wanted and not moves and not self._checked:  # it may be in the stream, and only the index does not know it any more
+            self._checked = True
+            self.pulse.ask_redis(lambda: self.checkup(anew=True))
+            fresh, wanted = self._wanted(state, metas, identities, judge, moves=moves)
         passed = sorted(fresh - set(wanted))
         if moves:
             self.known += len(ready) - len(fresh)
@@ -338,19 +346,23 @@ class Reader:
             self._missed(absent)
         return state
 
-    def _unknown(self, identities: Mapping[int, Identity], *, moves: bool) -> tuple[set[int], set[int]]:
-        """(UIDs of what is known nowhere, of what was taken in once and deleted from Redis by hand); the latter only where we look back."""
-        ours = list(identities.values())
+    def _wanted(
+        self, state: State, metas: Mapping[int, Meta], identities: Mapping[int, Identity], judge: Judge, *, moves: bool
+    ) -> tuple[set[int], list[int]]:
+        """(UIDs of what is known nowhere, UIDs of what is to be published): of these what counts, and where we look back also what was
+        taken in once and deleted from Redis by hand."""
+        uids, ours = list(identities), list(identities.values())
         if moves:
             unknown = self.pulse.ask_redis(lambda: self.states.missing(ours, self.account))
-            uids = list(identities)
-            return {uids[position] for position in unknown}, set()
-        places = self.pulse.ask_redis(lambda: self.states.places(ours, self.account, self.settings.stream.group))
-        stands = dict(zip(identities, places, strict=True))
-        return (
-            {uid for uid, place in stands.items() if place == "unknown"},
-            {uid for uid, place in stands.items() if place == "dangling"},
-        )
+            fresh, deleted = {uids[position] for position in unknown}, set[int]()
+        else:
+            places = self.pulse.ask_redis(lambda: self.states.places(ours, self.account, self.settings.stream.group))
+            fresh, deleted = (
+                {uid for uid, place in zip(uids, places, strict=True) if place == wanted} for wanted in ("unknown", "dangling")
+            )
+        forgotten = iso(self.clock.wall() - timedelta(days=self.settings.stream.processed_days))
+        counting = {uid for uid in fresh if judge(state, uid, metas[uid].internal_date, forgotten)}
+        return fresh, [uid for uid in uids if uid in counting or uid in deleted]
 
     def _respect_gate(self) -> None:
         """Nothing is fetched that Redis may have no room for: it waits where it is safe, in the mailbox."""

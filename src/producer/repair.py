@@ -129,10 +129,8 @@ def recount(redis: RedisClient, keys: Keys) -> int:
                     places[day] += [fields["email_id"], f"{kind}:{entry_id}"]
             last[kind] = page[-1][0]
     changed = 0
-    for day, counted in redis.hash(keys.open).items():
+    for day in redis.hash(keys.open):
         places.setdefault(day, [])
-        if len(places[day]) == 2 * int(counted):
-            del places[day]
     for day, known in places.items():
         if len(known) <= 2 * MOST_COUNTED:
             own = [keys.stream, keys.index, keys.dlq, keys.open]
@@ -155,14 +153,20 @@ class Checkup:
     _until: float = float("-inf")
     _last: Findings = field(default_factory=Findings)
 
-    def __call__(self) -> Findings:
+    def __call__(self, *, anew: bool) -> Findings:
+        """`anew`: whatever was found lately."""
         with self._lock:
-            if self.clock.monotonic() >= self._until:
+            if anew or self.clock.monotonic() >= self._until:
                 self._last = examine(self.redis, self.keys, self.group, mend=True)
                 self._until = self.clock.monotonic() + self.every
                 for line in self._last.lines():
                     log.warning("%s: %s", self.keys.stream, line)
             return self._last
+
+
+def no_checkup(*, anew: bool) -> Findings:
+    """Where there is nothing to check: under a reader of its own."""
+    return Findings()
 
 
 def _walk(redis: RedisClient, keys: Keys, group: str, what: str, *, mend: bool) -> Iterator[list[str]]:

@@ -128,7 +128,7 @@ def test_fail(store: Store, case: Case) -> None:
 
 
 def test_a_mail_deleted_by_hand_is_gone_and_acknowledged(store: Store) -> None:
-    """XDEL while the handler ran: nothing to retry or to bury, nothing stays pending or waiting; that it was ours stays known, so it comes again."""
+    """XDEL while the handler ran: nothing to retry or to bury, nothing stays pending or waiting; the index still tells that it was ours."""
     store.put(ONE)
     mail = store.held("1-0", 2)
     store.redis.call("XDEL", store.keys.stream, "1-0")
