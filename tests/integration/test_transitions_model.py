@@ -515,6 +515,12 @@ MUTANTS = (
     Mutant("reprocess", "redis.call('SREM', mail.set, mail.member)"),
     Mutant("release", "if owned[sid] == count then", "if true then"),
     Mutant("renew", "owned[ARGV[i]] == ARGV[i + 1] and mine or lost", "mine"),
+    Mutant("repair", "if ms > last_ms or (ms == last_ms and seq > last_seq) then return 'unread' end"),
+    Mutant("repair", "if redis.call('ZSCORE', due, sid .. '|' .. email_id) then return 'waiting' end"),
+    Mutant("repair", "math.max(tonumber(started), tonumber(tried)) + AHEAD", "1"),
+    Mutant("repair", "if mend then hand_back(sid, email_id) end"),
+    Mutant("publish", "located[i] and stands(KEYS[6], KEYS[9], located[i])", "located[i]"),
+    Mutant("publish", "if not mail.counted then", "if true then"),
 )
 MORE_MUTANTS = (
     Mutant("publish", "or done[i] == 1 end", "end"),
@@ -525,7 +531,7 @@ MORE_MUTANTS = (
     Mutant("complete", "redis.call('XDEL', KEYS[1], unpack(sids))"),
     Mutant("complete", "redis.call('SADD', KEYS[6 + set], unpack(part))"),
     Mutant("fail", "if mail.verb ~= 'postpone' then", "if true then"),
-    Mutant("promote", "redis.call('ZREM', KEYS[4], member)"),
+    Mutant("promote", "redis.call('ZREM', KEYS[3], member)"),
     Mutant("recover", "if not busy[entry[1]] and", "if"),
     Mutant("replay", "elseif location and not here and stands(KEYS[1], KEYS[5], location) then", "elseif location then"),
     Mutant("discard", "if redis.call('HINCRBY', KEYS[3], open, -1) <= 0 then redis.call('HDEL', KEYS[3], open) end"),
@@ -535,6 +541,14 @@ MORE_MUTANTS = (
     Mutant("reprocess", "redis.call('HINCRBY', KEYS[3], mail.open, 1)"),
     Mutant("reprocess", "redis.call('SADD', KEYS[4], mail.id)"),
     Mutant("reap", "consumer.pending == 0 and"),
+    Mutant("repair", "if mend then redis.call('ZREM', KEYS[5], found[2][i]) end"),
+    Mutant("repair", "if not location or (location ~= 'S:' .. sid and", "if location and (location ~= 'S:' .. sid and"),
+    Mutant("repair", "not stands(KEYS[1], KEYS[6], location) and not pending", "not pending"),
+    Mutant(
+        "adopt", "elseif redis.call('SISMEMBER', KEYS[4 + tonumber(ARGV[i + 3])], ARGV[i + 2]) == 1 then", "elseif false then"
+    ),
+    Mutant("adopt", "if not location then redis.call('HINCRBY', KEYS[4], open, 1) end"),
+    Mutant("audit", "if done[i] == 1 then", "if false then"),
 )
 
 
