@@ -99,7 +99,7 @@ class Audit:
         for line in balance.reasons():
             print(f"  {line}")
         if balance.unaccounted and not self.given.repair:
-            print("  --repair brings them back")
+            print("  --repair mends that")
 
     def _look(self, access: Access, mailbox: str, findings: Findings) -> Balance:
         account, mail = access.account.username, access.account.mail

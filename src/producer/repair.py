@@ -160,7 +160,7 @@ class Checkup:
                 self._last = examine(self.redis, self.keys, self.group, mend=True)
                 self._until = self.clock.monotonic() + self.every
                 for line in self._last.lines():
-                    log.warning("%s: %s", self.keys.stream, line)
+                    log.warning("%s: %s (docs/audit.md)", self.keys.stream, line)
             return self._last
 
 
