@@ -34,6 +34,7 @@ from src.common.watchdog import Watchdog
 from src.imap.imap_client import ImapEndpoint, ImapMailbox
 from src.monitoring import endpoint
 from src.producer.mailbox import Mailbox, is_down
+from src.producer.repair import Checkup
 from src.producer.state_manager import Held, MarkerFile, StateManager
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,8 @@ class Producer:
         place = settings.run.raw_archive
         self.archive = open_archive(place.get_secret_value() if place else None, settings.run.data_dir)
 
+        checkup = Checkup(redis, keys, settings.stream.group, clock, every=3 * settings.mail.relist_interval)
+
         def mailbox(access: Access, name: str) -> Mailbox:
             account, mail = access.account.username, access.account.mail
             server = imap_endpoint(mail)
@@ -135,6 +138,7 @@ class Producer:
                 breaker=breakers.get(f"IMAP {server.host}:{server.port}", counts=is_down),
                 archive=self.archive,
                 gate=lambda: self.watch.full if self.watch else "",
+                checkup=checkup,
             )
 
         self.mailboxes = [mailbox(access, name) for access in accesses for name in access.account.mail.mailboxes]

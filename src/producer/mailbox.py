@@ -34,7 +34,8 @@ from src.imap.imap_client import session_over
 from src.producer.plan import State
 from src.producer.progress import Progress
 from src.producer.pulse import Pulse
-from src.producer.reader import NotOurs, Reader, Session
+from src.producer.reader import CheckupCall, NotOurs, Reader, Session
+from src.producer.repair import no_checkup
 from src.producer.state_manager import Held, MarkerFile, StateManager
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,9 @@ def is_down(error: Exception) -> bool:
 @dataclass
 class Mailbox:
     """`connect`: access token or password → a session, not yet entered. `new_id`: a fresh random id. `breaker`: of the IMAP server,
-    shared by the mailboxes on it. `gate`: why nothing may be taken in now, "" if it may. `status` and `why`: see `state`. `owns`: we
-    hold its lease, as far as we know: it is to be renewed. `broken`: sessions that broke off soon, one after the other."""
+    shared by the mailboxes on it. `gate`: why nothing may be taken in now, "" if it may. `checkup`: see `Reader`. `status` and `why`: see
+    `state`. `owns`: we hold its lease, as far as we know: it is to be renewed. `broken`: sessions that broke off soon, one after the
+    other."""
 
     settings: Settings
     account: str
@@ -84,6 +86,7 @@ class Mailbox:
     breaker: CircuitBreaker
     archive: Archive | None = None
     gate: Callable[[], str] = lambda: ""
+    checkup: CheckupCall = no_checkup
     status: str = "STARTING"
     why: str = ""
     owns: bool = False
@@ -105,6 +108,7 @@ class Mailbox:
             Progress(self.title, self.clock),
             self.archive,
             self.gate,
+            self.checkup,
         )
 
     # what /status says of it
@@ -139,6 +143,7 @@ class Mailbox:
             "lag": reader.waiting,
             "published": reader.published,
             "known_already": reader.known,
+            "unaccounted": reader.unaccounted,
             "account_bytes_today": reader.bytes_today,
             "token": self.tokens.facts(),
         }

@@ -11,6 +11,7 @@ from typing import Literal
 from src.common.clock import iso
 
 NEVER = "9999-12-31T00:00:00Z"
+LATE = "late:"  # before the date of a request to look again: only for mail that should be known
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,16 @@ def counts_asked(since: str, state: State, uid: int, internal_date: str, forgott
     return uid <= state.last_uid and (not internal_date or internal_date >= since)
 
 
+def passed_over(state: State, uid: int, internal_date: str, forgotten_before: str) -> str:
+    """Why a mail that is known nowhere does not count, for a person; "" if it does: by `counts_late`, above `last_uid` by `counts`."""
+    judge = counts if uid > state.last_uid else counts_late
+    if judge(state, uid, internal_date, forgotten_before):
+        return ""
+    if uid <= state.floor:
+        return "not new"
+    return f"before {state.boundary[:10]}" if internal_date < state.boundary else "older than PROCESSED_DAYS"
+
+
 def prefix(uids: Sequence[int], present: Collection[int]) -> tuple[list[int], list[int]]:
     """(the leading UIDs that are present, all that are absent): only the contiguous prefix may be published."""
     absent = [uid for uid in uids if uid not in present]
@@ -190,3 +201,11 @@ def oldest_open(fields: Iterable[str], account: str, mailbox: str) -> str:
     days = [field[len(start) :] for field in fields if field.startswith(start)]
     dated = sorted(day for day in days if day.isdigit())
     return f"{dated[0][:4]}-{dated[0][4:6]}-{dated[0][6:]}" if dated else ""
+
+
+def all_open_since(fields: Collection[str], account: str, mailbox: str) -> date | None:
+    """The day from which a look finds every unfinished mail of this mailbox; None where it has none. `fields`: of `Keys.open`."""
+    if f"{account}|{mailbox}|undated" in fields:
+        return date(1970, 1, 2)
+    oldest = oldest_open(fields, account, mailbox)
+    return date.fromisoformat(oldest) if oldest else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
@@ -24,6 +24,7 @@ from src.producer import plan
 from src.producer.plan import Marker, State
 from src.producer.progress import Progress
 from src.producer.pulse import Pulse
+from src.producer.repair import Findings, no_checkup
 from src.producer.state_manager import Identity, Mail, MarkerFile, StateManager
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,12 @@ class Session(Protocol):
     def wait(self, seconds: float, stop: Callable[[], bool]) -> bool: ...
 
 
+class CheckupCall(Protocol):
+    """What is needed of `src.producer.repair.Checkup`."""
+
+    def __call__(self, *, anew: bool) -> Findings: ...
+
+
 Judge = Callable[[State, int, str, str], bool]  # (state, UID, INTERNALDATE, forgotten before) → is it to be published
 
 
@@ -66,9 +73,11 @@ class NotOurs(Exception):
 class Reader:
     """Reads one mailbox through whatever session it is given. `new_id`: a fresh random id.
 
-    `gate`: why nothing may be taken in now, "" if it may. `paused`: why intake waits, "" if it does not; `only_old`: new mail does not
-    wait. `resync`: ISO date from which to look again, "" for none. For /status: `last_uid`, `waiting` (mails listed without a fate
-    yet), `contact` (when the server last answered, monotonic), `rereading` (Redis had forgotten the mailbox).
+    `gate`: why nothing may be taken in now, "" if it may. `checkup`: mends what in Redis only someone else can have broken. `paused`:
+    why intake waits, "" if it does not; `only_old`: new mail does not wait. `resync`: ISO date from which to look again, "" for none;
+    with `late:` before it only for mail that should be known. `unaccounted`: how many mails the last look back found known nowhere
+    although they count, or deleted from Redis by hand; they are published at once. For /status: `last_uid`, `waiting` (mails listed
+    without a fate yet), `contact` (when the server last answered, monotonic), `rereading` (Redis had forgotten the mailbox).
     Methods raise what RedisClient and the session raise, and NotOurs.
     """
 
@@ -83,6 +92,7 @@ class Reader:
     progress: Progress
     archive: Archive | None = None
     gate: Callable[[], str] = lambda: ""
+    checkup: CheckupCall = no_checkup
     paused: str = ""
     only_old: bool = False
     last_uid: int = 0
@@ -91,11 +101,14 @@ class Reader:
     rereading: bool = False
     published: int = 0
     known: int = 0
+    unaccounted: int = 0
     resync: str = ""
     _ahead: int = 0
     _next_look_ahead: float = 0.0
     _next_look_back: float = 0.0
     _looks_back: int = 0
+    _found: int = 0
+    _checked: bool = False
     _spent: tuple[date | None, int] = (None, 0)
     _newest: str = ""
     _marker: Marker | None = None
@@ -227,12 +240,17 @@ class Reader:
             self._ahead = window[-1]
 
     def look_back(self, session: Session, state: State) -> None:
-        """UIDs may become visible late: look again at the last 1,000, now and then at two days, and as far back as someone asked."""
+        """UIDs may become visible late, and Redis may lose what it knew: look again at the last 1,000, every hour at two days, and as far
+        back as someone asked."""
+        self._checked = False
         if self.resync:
-            since = date.fromisoformat(self.resync)
+            since = date.fromisoformat(self.resync.removeprefix(plan.LATE))
             found = session.uids_since(since - timedelta(days=1))
             log.info("%s: looking again at %d mails since %s", self.pulse.title, len(found), since)
-            self._read_passed(session, state, found, partial(plan.counts_asked, f"{since}T00:00:00Z"))
+            late = self.resync.startswith(plan.LATE)
+            self._read_passed(
+                session, state, found, plan.counts_late if late else partial(plan.counts_asked, f"{since}T00:00:00Z")
+            )
             if self.pulse.shutdown.requested:
                 return
             self.pulse.ask_redis(self.states.resync_done)
@@ -243,9 +261,21 @@ class Reader:
         self._next_look_back = now + self.settings.mail.relist_interval
         found = session.uids_from(max(1, state.last_uid - LATE_SPAN))[-LATE:]
         if self._looks_back % 6 == 5:
-            found = sorted({*found, *session.uids_since(self.clock.wall().date() - timedelta(days=3))})
+            found = sorted({*found, *self._of_two_days(session)})
         self._looks_back += 1
+        self._found = 0
         self._read_passed(session, state, found, plan.counts_late)
+        if not self.pulse.shutdown.requested:
+            self.unaccounted = self._found
+
+    def _of_two_days(self, session: Session) -> set[int]:
+        """UIDs of the last two days; where mail was deleted from Redis by hand, of all days that have unfinished mail."""
+        deleted = self.pulse.ask_redis(lambda: self.checkup(anew=False)).dangling_of(self.account)
+        days = [self.clock.wall().date() - timedelta(days=3)]
+        if deleted:
+            since = plan.all_open_since(self.pulse.ask_redis(self.states.open_days), self.account, self.name)
+            days += [since - timedelta(days=1)] if since else []
+        return set(session.uids_since(min(days)))
 
     def _read_passed(self, session: Session, state: State, uids: Sequence[int], judge: Judge) -> None:
         before = self.published
@@ -253,7 +283,11 @@ class Reader:
             if not self.pulse.shutdown.requested:
                 self._read_window(session, state, window, judge, moves=False)
         if self.published > before:
-            log.warning("%s: %d mails became visible late or were asked for", self.pulse.title, self.published - before)
+            log.warning(
+                "%s: %d mails became visible late, were asked for or were deleted from Redis by hand",
+                self.pulse.title,
+                self.published - before,
+            )
 
     def _windows(self, uids: Sequence[int]) -> list[Sequence[int]]:
         size = self.settings.mail.batch_size
@@ -282,14 +316,18 @@ class Reader:
         metas.update({uid: Meta(uid, "", 0, "", "", (), b"") for uid in uids if uid in self._given_up and uid not in metas})
         ready, absent = plan.prefix([uid for uid in uids if uid not in self._gone], metas.keys())
         identities = {uid: self._identity(session.folder, metas[uid]) for uid in ready}
-        unknown = self.pulse.ask_redis(lambda: self.states.missing(list(identities.values()), self.account))
         self._newest = max([self._newest, *(metas[uid].internal_date for uid in ready)])
-        fresh = {ready[position] for position in unknown}
-        forgotten = iso(self.clock.wall() - timedelta(days=self.settings.stream.processed_days))
-        wanted = [uid for uid in ready if uid in fresh and judge(state, uid, metas[uid].internal_date, forgotten)]
+        fresh, wanted = self._wanted(state, metas, identities, judge, moves=moves)
+        if wanted and not moves and not self._checked:  # it may be in the stream, and only the index does not know it any more
+            self._checked = True
+            self.pulse.ask_redis(lambda: self.checkup(anew=True))
+            fresh, wanted = self._wanted(state, metas, identities, judge, moves=moves)
         passed = sorted(fresh - set(wanted))
         if moves:
             self.known += len(ready) - len(fresh)
+        elif judge is plan.counts_late:
+            self._found += len(wanted)
+            self.unaccounted = max(self.unaccounted, self._found)
         most = self.settings.mail.max_message_bytes
         sizes = {uid: min(metas[uid].size, most) for uid in wanted}
         for group in split(wanted, sizes.__getitem__, most=len(wanted), most_bytes=FETCH_BYTES):
@@ -307,6 +345,24 @@ class Reader:
         if absent:
             self._missed(absent)
         return state
+
+    def _wanted(
+        self, state: State, metas: Mapping[int, Meta], identities: Mapping[int, Identity], judge: Judge, *, moves: bool
+    ) -> tuple[set[int], list[int]]:
+        """(UIDs of what is known nowhere, UIDs of what is to be published): of these what counts, and where we look back also what was
+        taken in once and deleted from Redis by hand."""
+        uids, ours = list(identities), list(identities.values())
+        if moves:
+            unknown = self.pulse.ask_redis(lambda: self.states.missing(ours, self.account))
+            fresh, deleted = {uids[position] for position in unknown}, set[int]()
+        else:
+            places = self.pulse.ask_redis(lambda: self.states.places(ours, self.account, self.settings.stream.group))
+            fresh, deleted = (
+                {uid for uid, place in zip(uids, places, strict=True) if place == wanted} for wanted in ("unknown", "dangling")
+            )
+        forgotten = iso(self.clock.wall() - timedelta(days=self.settings.stream.processed_days))
+        counting = {uid for uid in fresh if judge(state, uid, metas[uid].internal_date, forgotten)}
+        return fresh, [uid for uid in uids if uid in counting or uid in deleted]
 
     def _respect_gate(self) -> None:
         """Nothing is fetched that Redis may have no room for: it waits where it is safe, in the mailbox."""

@@ -16,9 +16,10 @@ from src.common.exceptions import ConfigurationError, DiskUnavailable
 from src.common.keys import Keys, MailboxKeys, escaped, open_field
 from src.common.redis_client import RedisClient
 from src.mail.record import member_of
-from src.producer.plan import Marker, State, oldest_open
+from src.producer.plan import LATE, Marker, State, oldest_open
 
 Fields = dict[str, str]
+Place = Literal["done", "unread", "flight", "waiting", "lost", "dead", "dangling", "unknown"]  # as lua/audit.lua has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Identity:
 class Lease:
     """`state` is None where Redis knows nothing of the mailbox. `epoch` grows with every change of owner.
 
-    `resync`: the ISO date from which someone asked to look for mail again, "" if nobody did.
+    `resync`: the ISO date from which someone asked to look for mail again, "" if nobody did; `late:` before it: for an audit.
     """
 
     epoch: int
@@ -103,6 +104,17 @@ class StateManager:
         """Ask whoever owns the mailbox to look again at all mail since `day` (ISO date)."""
         self._redis.call("HSET", self._own.intake, "resync", day)
 
+    def request_look(self, day: str) -> bool:
+        """Ask whoever owns the mailbox to look again at all mail since `day`, and to publish what was taken in once, or should have been.
+
+        False where another look is asked for already: that one comes first.
+        """
+        return bool(self._redis.call("HSETNX", self._own.intake, "resync", f"{LATE}{day}") == 1)
+
+    def requested(self) -> str:
+        """What is asked for and not done yet, "" for nothing."""
+        return str(self._redis.call("HGET", self._own.intake, "resync") or "")
+
     def resync_done(self) -> None:
         self._redis.call("HDEL", self._own.intake, "resync")
 
@@ -149,6 +161,7 @@ class StateManager:
             keys.stream,
             keys.index,
             keys.open,
+            keys.dlq,
             *sets,
         ]
         reply = self._redis.run("publish", script_keys, args)
@@ -167,12 +180,33 @@ class StateManager:
         """Positions (from 0) of those known nowhere: neither unfinished nor dead nor done. One round trip."""
         if not mails:
             return []
+        sets, args = self._identified(mails, account)
+        return [position - 1 for position in self._redis.run("missing", [self._keys.index, *sets], args)]
+
+    def places(self, mails: Sequence[Identity], account: str, group: str) -> list[Place]:
+        """Where each of them stands, at one moment; changes nothing. One round trip."""
+        if not mails:
+            return []
+        keys = self._keys
+        sets, args = self._identified(mails, account)
+        return list(self._redis.run("audit", [keys.stream, keys.index, keys.due, keys.dlq, *sets], [group, *args]))
+
+    def remember(self, mails: Sequence[Identity], account: str, processed_days: float) -> int:
+        """Put the processed ids of finished mail back; how many were not unfinished again by then."""
+        if not mails:
+            return 0
+        sets, args = self._identified(mails, account)
+        answers = self._redis.run("remember", [self._keys.index, *sets], [round(processed_days * 86_400), *args])
+        return int(answers.count("OK"))
+
+    def _identified(self, mails: Sequence[Identity], account: str) -> tuple[list[str], list[str | int]]:
+        """The processed sets of `mails` as script keys, and n x {email_id, member, number of its set}."""
         sets: dict[str, int] = {}
         args: list[str | int] = []
         for mail in mails:
             number = sets.setdefault(self._keys.processed(account, mail.internal_date), len(sets) + 1)
             args += [mail.email_id, member_of(mail.email_id), number]
-        return [position - 1 for position in self._redis.run("missing", [self._keys.index, *sets], args)]
+        return list(sets), args
 
     def open_days(self) -> list[str]:
         """The fields of `Keys.open`: which days have unfinished mail, of all mailboxes."""

@@ -50,9 +50,7 @@ def recover(seat: Seat, *, lease: float, most: int, in_flight: Iterable[str]) ->
 def promote(seat: Seat, *, most: int) -> list[Delivery]:
     """Take up to `most` mails whose next attempt is due."""
     keys = seat.keys
-    return deliveries(
-        seat.redis.run("promote", [keys.stream, keys.index, keys.tries, keys.due, keys.starts], [seat.group, seat.consumer, most])
-    )
+    return deliveries(seat.redis.run("promote", [keys.stream, keys.tries, keys.due], [seat.group, seat.consumer, most]))
 
 
 def release(seat: Seat, mails: Sequence[Delivery]) -> int:

@@ -332,9 +332,9 @@ COMPARE_AND_SET = "if uidvalidity ~= ARGV[3] or last_uid ~= ARGV[4] then"
         ),
         (Mutant("fail", "redis.call('XDEL', KEYS[1], mail.sid)"), handed_back, Fault.REPLY_LOST, nothing, "finds no end"),
         (Mutant("fail", "redis.call('HDEL', KEYS[3], mail.id)"), handed_back, Fault.REPLY_LOST, nothing, "marks of starts"),
-        (Mutant("promote", "redis.call('ZREM', KEYS[4], member)"), handed_back, Fault.REPLY_LOST, nothing, "due entries"),
+        (Mutant("promote", "redis.call('ZREM', KEYS[3], member)"), handed_back, Fault.REPLY_LOST, nothing, "due entries"),
         (
-            MethodMutant(Reader._read_window, "and judge(", "and metas[uid].size <= 65_536 and judge("),
+            MethodMutant(Reader._wanted, "if judge(", "if metas[uid].size <= 65_536 and judge("),
             too_large,
             Fault.CRASH_BEFORE,
             nothing,

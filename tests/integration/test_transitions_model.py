@@ -21,7 +21,7 @@ from config.settings import StreamSettings
 from src.common.keys import Keys, open_field
 from src.common.redis_client import RedisClient
 from src.mail.record import gmail_email_id, member_of
-from src.producer import reprocess
+from src.producer import repair, reprocess
 from src.producer.plan import State
 from src.producer.state_manager import Identity, Lease, Mail, StateManager
 from src.worker import dlq, idempotency, recovery
@@ -325,6 +325,60 @@ class LifeOfMail(RuleBasedStateMachine):
         assert reprocess.bring_back(self.redis, self.keys, run, entries, most_live=MOST_LIVE) == again
         assert self._new_entries() == []
 
+    # what someone else breaks is mended
+
+    @precondition(lambda self: any(location.startswith("S:") for location in self.model.index.values()))
+    @rule(data=st.data())
+    def break_and_mend(self, data: st.DataObject) -> None:
+        """One thing by hand that no transition does, then the check that mends it; and the same check again, which finds nothing."""
+        mail = data.draw(st.sampled_from(sorted(mail for mail, place in self.model.index.items() if place.startswith("S:"))))
+        sid = self.model.index[mail][2:]
+        entry = self.model.entries[sid]
+        ways = {"new": ["hdel", "xdel"], "flight": ["hdel", "xack", "delconsumer"], "due": ["hdel", "xdel", "zrem"]}[entry.place]
+        strays, lost, way = self.model.strays(), [sid], data.draw(st.sampled_from(ways))
+        if way == "hdel":
+            self.admin.hdel(self.keys.index, mail)
+        elif way == "xdel":
+            self.admin.xdel(self.keys.stream, sid)
+        elif way == "xack":
+            self.admin.xack(self.keys.stream, GROUP, sid)
+        elif way == "zrem":
+            self.admin.zrem(self.keys.due, f"{sid}|{mail}")
+        else:
+            lost = self.model.held_by(entry.owner)
+            self.admin.xgroup_delconsumer(self.keys.stream, GROUP, entry.owner)
+        found = repair.examine(self.redis, self.keys, GROUP, mend=True)
+        for stray, place in strays.items():
+            if stray not in self.model.processed:
+                self.model.adopted(stray, place)
+        if way in ("hdel", "xdel"):
+            lost = []
+        assert found.found["lost"] == len(lost) and set(found.dangling) == ({mail} if way == "xdel" else set())
+        for gone in lost:
+            self.model.put_back(gone, 1000)
+        if way == "hdel" and (copies := [other for other, it in self.model.entries.items() if it.mail == mail and other != sid]):
+            self.model.index[mail] = str(self.admin.hget(self.keys.index, mail))  # whichever copy: no two are live
+            assert self.model.index[mail][2:] in {sid, *copies}
+        if way == "xdel":
+            self._comes_again(mail, sid)
+
+    def _comes_again(self, mail: str, sid: str) -> None:
+        fields = next(fields for fields in POOL if fields["email_id"] == mail)
+        state = State(7, self.batches, "", 0, first_complete=True) if self.state is None else self.state
+        self.batches += 1
+        answer = self.states.publish(
+            [Mail(int(fields["uid"]), fields)],
+            batch=f"again {self.batches}",
+            expected=self.state,
+            state=state,
+            now=NOW,
+            most_live=1_000,
+        )
+        assert (answer.verdict, answer.added) == ("OK", (True,))
+        self.state = state
+        [new] = self._new_entries()
+        self.model.came_again(sid, new)
+
     # what holds after each step
 
     @invariant()
@@ -336,6 +390,10 @@ class LifeOfMail(RuleBasedStateMachine):
         identities = [Identity(fields["email_id"], fields["internal_date"]) for fields in pool]
         unknown = [position for position, fields in enumerate(pool) if not self.model.known(fields["email_id"])]
         assert self.states.missing(identities, ACCOUNT) == unknown
+        assert self.states.places(identities, ACCOUNT, GROUP) == [self.model.place(fields["email_id"]) for fields in pool]
+        findings = repair.examine(self.redis, self.keys, GROUP, mend=False)
+        assert set(findings.strays) == set(self.model.strays())
+        assert (+findings.found - Counter(stray=len(findings.strays)), findings.miscount) == (Counter(), 0), "never a false alarm"
 
     def _redis_holds_what_the_model_holds(self, books: Books, fences: dict[str, tuple[str, int]]) -> None:
         model = self.model
@@ -442,7 +500,7 @@ MUTANTS = (
     Mutant("publish", "if uidvalidity ~= ARGV[3] or last_uid ~= ARGV[4] then", "if false then"),
     Mutant("publish", "mails[i].known = located[i]", "mails[i].known = false"),
     Mutant("begin", "if owned[mail.sid] ~= mail.count then", "if false then"),
-    Mutant("begin", "mail.done or (location and location ~= here and stands(location))", "mail.done"),
+    Mutant("begin", "mail.done or (location and location ~= here and stands(KEYS[1], KEYS[5], location))", "mail.done"),
     Mutant("begin", "if last == nil or last == tag then", "if true then"),
     Mutant("complete", "if owned[mail.sid] ~= mail.count then", "if false then"),
     Mutant("fail", "if owned[mail.sid] ~= mail.count then", "if false then"),
@@ -457,6 +515,12 @@ MUTANTS = (
     Mutant("reprocess", "redis.call('SREM', mail.set, mail.member)"),
     Mutant("release", "if owned[sid] == count then", "if true then"),
     Mutant("renew", "owned[ARGV[i]] == ARGV[i + 1] and mine or lost", "mine"),
+    Mutant("repair", "if ms > last_ms or (ms == last_ms and seq > last_seq) then return 'unread' end"),
+    Mutant("repair", "if redis.call('ZSCORE', due, sid .. '|' .. email_id) then return 'waiting' end"),
+    Mutant("repair", "math.max(tonumber(started), tonumber(tried)) + AHEAD", "1"),
+    Mutant("repair", "if mend then hand_back(sid, email_id) end"),
+    Mutant("publish", "located[i] and stands(KEYS[6], KEYS[9], located[i])", "located[i]"),
+    Mutant("publish", "if not mail.counted then", "if true then"),
 )
 MORE_MUTANTS = (
     Mutant("publish", "or done[i] == 1 end", "end"),
@@ -467,7 +531,7 @@ MORE_MUTANTS = (
     Mutant("complete", "redis.call('XDEL', KEYS[1], unpack(sids))"),
     Mutant("complete", "redis.call('SADD', KEYS[6 + set], unpack(part))"),
     Mutant("fail", "if mail.verb ~= 'postpone' then", "if true then"),
-    Mutant("promote", "redis.call('ZREM', KEYS[4], member)"),
+    Mutant("promote", "redis.call('ZREM', KEYS[3], member)"),
     Mutant("recover", "if not busy[entry[1]] and", "if"),
     Mutant("replay", "elseif location and not here and stands(KEYS[1], KEYS[5], location) then", "elseif location then"),
     Mutant("discard", "if redis.call('HINCRBY', KEYS[3], open, -1) <= 0 then redis.call('HDEL', KEYS[3], open) end"),
@@ -477,6 +541,14 @@ MORE_MUTANTS = (
     Mutant("reprocess", "redis.call('HINCRBY', KEYS[3], mail.open, 1)"),
     Mutant("reprocess", "redis.call('SADD', KEYS[4], mail.id)"),
     Mutant("reap", "consumer.pending == 0 and"),
+    Mutant("repair", "if mend then redis.call('ZREM', KEYS[5], found[2][i]) end"),
+    Mutant("repair", "if not location or (location ~= 'S:' .. sid and", "if location and (location ~= 'S:' .. sid and"),
+    Mutant("repair", "not stands(KEYS[1], KEYS[6], location) and not pending", "not pending"),
+    Mutant(
+        "adopt", "elseif redis.call('SISMEMBER', KEYS[4 + tonumber(ARGV[i + 3])], ARGV[i + 2]) == 1 then", "elseif false then"
+    ),
+    Mutant("adopt", "if not location then redis.call('HINCRBY', KEYS[4], open, 1) end"),
+    Mutant("audit", "if done[i] == 1 then", "if false then"),
 )
 
 

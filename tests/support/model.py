@@ -93,6 +93,44 @@ class Model:
         """Someone else's XADD."""
         self.entries[sid] = Entry(mail)
 
+    # what someone else broke, and `repair.examine` mended
+
+    def put_back(self, sid: str, ahead: int) -> None:
+        """An entry that was in no pending list and not due."""
+        mail = self.entries[sid].mail
+        tag = self.starts.get(mail, (0, ""))[1]
+        known = max(int(tag.rpartition(":")[2] or 0), self.tries.get(mail, (0, 0))[1])
+        self.entries[sid] = replace(self.entries[sid], place="flight", owner="audit", count=known + ahead, handed_back=True)
+
+    def came_again(self, sid: str, new: str) -> None:
+        """A deleted entry's mail was published once more: it was counted already."""
+        mail = self.entries.pop(sid).mail
+        self.entries[new] = Entry(mail)
+        self.index[mail] = f"S:{new}"
+
+    def adopted(self, mail: str, sid: str) -> None:
+        self.index[mail] = f"S:{sid}"
+        self._count(mail, 1)
+
+    def strays(self) -> dict[str, str]:
+        """email_id → its last entry, of mails in the stream that no index knows."""
+        return {
+            entry.mail: sid for sid, entry in self.entries.items() if entry.mail in self.days and entry.mail not in self.index
+        }
+
+    def place(self, mail: str) -> str:
+        """As lua/audit.lua says it."""
+        if mail in self.processed:
+            return "done"
+        location = self.index.get(mail)
+        if location is None:
+            return "unknown"
+        return (
+            {"new": "unread", "flight": "flight", "due": "waiting"}[self.entries[location[2:]].place]
+            if location[0] == "S"
+            else "dead"
+        )
+
     # taking
 
     def read(self, worker: str, most: int) -> list[Hand]:

@@ -162,6 +162,17 @@ class RedisServer:
         self._running()
         self._forget()
 
+    def keep_copy(self, place: Path) -> None:
+        """Copy its files to the new folder `place`; only of a server that is stopped is that a copy of one moment."""
+        assert self._process is None
+        shutil.copytree(self._directory / "appendonlydir", place)
+
+    def put_back(self, copy: Path) -> None:
+        """Its files are those of `copy` again."""
+        assert self._process is None
+        shutil.rmtree(self._directory / "appendonlydir")
+        shutil.copytree(copy, self._directory / "appendonlydir")
+
     def freeze(self) -> None:
         """SIGSTOP: connections stay open, nothing is answered."""
         self._running().send(signal.SIGSTOP)

@@ -128,12 +128,12 @@ def test_fail(store: Store, case: Case) -> None:
 
 
 def test_a_mail_deleted_by_hand_is_gone_and_acknowledged(store: Store) -> None:
-    """XDEL while the handler ran: nothing to retry or to bury, nothing stays pending, waiting, known or counted."""
+    """XDEL while the handler ran: nothing to retry or to bury, nothing stays pending or waiting; the index still tells that it was ours."""
     store.put(ONE)
     mail = store.held("1-0", 2)
     store.redis.call("XDEL", store.keys.stream, "1-0")
     assert [answer.verdict for answer in fail(store.seat(), [Failure(mail, "retry")], now=NOW)] == ["GONE"]
-    assert store.content() == {}
+    assert store.content() == {"index": {M1: "S:1-0"}, "open": {DAY: "1"}}
 
 
 def test_a_copy_deleted_by_hand_takes_nothing_from_the_mail_that_lives(store: Store) -> None:

@@ -245,14 +245,13 @@ def test_two_workers_promote_a_mail_once(store: Store) -> None:
     assert recovery.promote(store.seat("w2"), most=10) == []
 
 
-def test_promote_forgets_what_was_deleted_by_hand(store: Store) -> None:
-    """No entry, no attempt: index and tries go, nothing becomes pending."""
+def test_promote_passes_over_what_was_deleted_by_hand(store: Store) -> None:
+    """No entry, no attempt, nothing becomes pending; that the mail was ours stays known, so it comes again."""
     store.put(WAITS)
     store.redis.call("XDEL", store.keys.stream, "1-0")
     assert [mail.stream_id for mail in recovery.promote(store.seat("w1"), most=10)] == ["2-0"]
     content = store.content()
-    assert content["index"] == {M2: "S:2-0"}
-    assert content["tries"] == {M2: "2|7"}
+    assert content["index"] == {M1: "S:1-0", M2: "S:2-0"} and "due" not in content
     assert content["pending"] == {"2-0": ("w1", 8)}
 
 

@@ -5,7 +5,8 @@
 --      then n x {stream id, delivery count, email_id, field in open, verb, delay in ms, reason, error type, error, traceback, handler}
 --      verb: retry (counts an attempt) | crash (a retry of a mail whose process died: its start stays marked, so it is a suspect and
 --            begins alone, and its suspicion grows) | postpone (counts none) | bury (counts one) | foreign (bury what is no mail of ours: no index)
--- -> n x {RETRY (also for crash) | POSTPONED | DEAD | GONE (deleted by hand) | ALREADY (this call repeated) | LOST, failed attempts}
+-- -> n x {RETRY (also for crash) | POSTPONED | DEAD | GONE (deleted by hand; its index entry
+--      stays, so that the audit sees it and the mail comes again) | ALREADY (this call repeated) | LOST, failed attempts}
 --#include fence
 --#include bury
 local STEP, mails, ids = 11, {}, {}
@@ -27,7 +28,6 @@ for i, mail in ipairs(mails) do
   if owned[mail.sid] ~= mail.count then
     answer[i] = {last == mail.count and 'ALREADY' or 'LOST', attempts}
   else
-    local here = redis.call('HGET', KEYS[2], mail.id) == 'S:' .. mail.sid
     if mail.verb ~= 'postpone' then
       attempts = attempts + 1
       if first == '' then first = string.format('%.0f', now) end
@@ -35,10 +35,6 @@ for i, mail in ipairs(mails) do
     local gone = #redis.call('XRANGE', KEYS[1], mail.sid, mail.sid) == 0
     if gone then
       answer[i] = {'GONE', attempts}
-      if here then
-        redis.call('HDEL', KEYS[2], mail.id)
-        if redis.call('HINCRBY', KEYS[7], mail.open, -1) <= 0 then redis.call('HDEL', KEYS[7], mail.open) end
-      end
       redis.call('HDEL', KEYS[4], mail.id)
     elseif mail.verb == 'retry' or mail.verb == 'crash' or mail.verb == 'postpone' then
       answer[i] = {mail.verb == 'postpone' and 'POSTPONED' or 'RETRY', attempts}

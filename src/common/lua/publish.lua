@@ -1,10 +1,12 @@
 #!lua
 -- new: put a batch into the stream and move (uidvalidity, last_uid), in one step. No allow-oom: refused whole when memory is full.
--- KEYS 1 intake hash 2 uidvalidity 3 last_uid 4 last_poll 5 email_count 6 stream 7 index 8 open 9.. processed sets
+-- KEYS 1 intake hash 2 uidvalidity 3 last_uid 4 last_poll 5 email_count 6 stream 7 index 8 open 9 dlq 10.. processed sets
 -- ARGV 1 owner nonce 2 batch id 3 expected uidvalidity 4 expected last_uid ('': state must be absent) 5 new uidvalidity 6 new last_uid
 --      7 boundary 8 horizon 9 first_complete 10 passed so far 11 floor 12 time of poll 13 most entries in the stream 14 n,
 --      then n x {email_id, member, number of its set from 1, field in open, f, f x (name or value)}
+-- A mail whose index entry points to nothing (someone deleted its entry) is added again, and counted once.
 -- -> OK live n x (1 added | 0 known) | ALREADY | FENCED owner | STALE uidvalidity last_uid | BACKWARD | FULL live | BADKEY type
+--#include stands
 local state = redis.call('HMGET', KEYS[1], 'owner', 'batch')
 local uidvalidity, last_uid = redis.call('GET', KEYS[2]) or '', redis.call('GET', KEYS[3]) or ''
 if state[1] ~= ARGV[1] then return {'FENCED', state[1] or ''} end
@@ -27,9 +29,12 @@ for i = 1, n do
 end
 if n > 0 then
   local located = redis.call('HMGET', KEYS[7], unpack(ids))
-  for i = 1, n do mails[i].known = located[i] end
+  for i = 1, n do
+    mails[i].counted = located[i]
+    mails[i].known = located[i] and stands(KEYS[6], KEYS[9], located[i])
+  end
   for set, part in pairs(of_set) do
-    local done = redis.call('SMISMEMBER', KEYS[8 + set], unpack(part.members))
+    local done = redis.call('SMISMEMBER', KEYS[9 + set], unpack(part.members))
     for i = 1, #done do part.mails[i].known = part.mails[i].known or done[i] == 1 end
   end
 end
@@ -50,7 +55,7 @@ for i = 1, n do
     local id = redis.call('XADD', KEYS[6], '*', unpack(ARGV, mail.first, mail.last))
     index[#index + 1] = mail.id
     index[#index + 1] = 'S:' .. id
-    open[mail.open] = (open[mail.open] or 0) + 1
+    if not mail.counted then open[mail.open] = (open[mail.open] or 0) + 1 end
   end
   answer[#answer + 1] = mail.known and '0' or '1'
 end
