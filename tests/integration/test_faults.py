@@ -456,22 +456,22 @@ def test_the_clock_of_redis_jumps_by_an_hour(sandbox: Sandbox, tmp_path: Path, s
         with ExitStack() as stack:
             stack.enter_context(pipeline.worker())
             stack.enter_context(pipeline.worker())
+            producer = stack.enter_context(pipeline.producer())
             for number, step in enumerate(steps):
-                producer = stack.enter_context(pipeline.producer())
-                pipeline.wait_for_first_poll()
                 held = pipeline.deliver(f"hold gate{number}", "fail 1", "one")
                 pipeline.wait_for_begun(held)
                 pipeline.wait_until_settled_but(held[:1])
+                producer.kill9()  # its lease may end in an hour, by the clock that comes
                 clock.write_text(step)
                 until(
                     lambda step=step: round((server.client().time()[0] - time.time()) / 3600) == int(step[:2]),
                     DEADLINE,
                     "it jumped",
                 )
+                producer = stack.enter_context(pipeline.producer())
                 pipeline.deliver("fail 1", "two")
                 pipeline.open_gate(f"gate{number}")
                 pipeline.wait_until_settled()
-                producer.kill9()  # its lease may end in an hour, by the clock of now
         pipeline.assert_accounted()
 
 

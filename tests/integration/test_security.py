@@ -19,7 +19,7 @@ import redis
 
 from src.sandbox.server import Sandbox
 from src.sandbox.tokens import CLIENT_SECRET
-from tests.integration import test_dead_letters, test_end_to_end, test_intake_faults, test_intake_rules, test_worker_faults
+from tests.integration import test_end_to_end, test_intake_faults, test_intake_rules, test_worker_faults
 from tests.integration.test_accounts import accounts_file, secret
 from tests.integration.test_commands import finished
 from tests.support import acl
@@ -134,7 +134,6 @@ MORE: list[Any] = [
     test_worker_faults.test_dlq_max,
     test_intake_faults.test_uidvalidity_change,
     test_intake_rules.test_resync_asked_of_the_producer_that_reads,
-    test_dead_letters.test_replay_from_two_shells_while_everything_runs,
 ]
 
 

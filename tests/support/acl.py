@@ -33,6 +33,12 @@ def make_users(client: Any) -> None:
         client.execute_command(*line)
 
 
+def write_users(path: Path) -> Path:
+    """The same as a server's aclfile."""
+    path.write_text("".join(f"user {' '.join(words[2:])}\n" for words in lines()))
+    return path
+
+
 def as_user(url: str, role: Role) -> str:
     """`url` for `role`, whoever it was for before."""
     scheme, _, rest = url.partition("://")

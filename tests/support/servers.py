@@ -108,6 +108,8 @@ class RedisServer:
         self._options = {"appendonly": "yes" if appendonly else "no"} | dict(options or {})
         self._env = ENVIRONMENT | dict(env or {})
         self._directory = Path(tempfile.mkdtemp(prefix=f"{binary}-"))
+        if acl.EVERYWHERE:
+            self._options["aclfile"] = str(acl.write_users(self._directory / "users.acl"))
         self.socket_path = self._directory / "s"
         assert len(os.fsencode(self.socket_path)) <= SOCKET_PATH_LIMIT, (
             f"TMPDIR is too long for a unix socket: {self.socket_path}"
@@ -148,8 +150,6 @@ class RedisServer:
             argv += [f"--{name}", value]
         self._process = ChildProcess(argv, log=self._directory / "log", env=self._env, cwd=self._directory)
         until(self._answers, START_TIMEOUT, f"{self._binary} answers PING")
-        if acl.EVERYWHERE:
-            acl.make_users(self.client())
 
     def stop(self) -> None:
         """End it with SIGTERM, as a service manager does."""
