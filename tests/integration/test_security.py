@@ -413,7 +413,7 @@ def test_a_mail_cannot_forge_a_line_of_the_log(pipeline: Pipeline, sandbox: Sand
     sandbox.deliver(pipeline.account, raw)
     env = {"LOG_FORMAT": form, "LOG_LEVEL": "DEBUG"}
     with pipeline.producer(**env) as producer, pipeline.worker("--handler", "mine.py:handle", MAX_ATTEMPTS="1", **env) as worker:
-        worker.wait_for("is dead after 1 attempts", DEADLINE)
+        worker.wait_for("is dead after 1 attempt", DEADLINE)
         assert producer.terminate() == 0
         assert worker.terminate() == 0
         written = producer.output() + worker.output()

@@ -335,6 +335,8 @@ class LifeOfMail(RuleBasedStateMachine):
         sid = self.model.index[mail][2:]
         entry = self.model.entries[sid]
         ways = {"new": ["hdel", "xdel"], "flight": ["hdel", "xack", "delconsumer"], "due": ["hdel", "xdel", "zrem"]}[entry.place]
+        if any(other != sid and it.mail == mail for other, it in self.model.entries.items()):
+            ways = [way for way in ways if way != "xdel"]  # the other copy is adopted: see `hdel`
         strays, lost, way = self.model.strays(), [sid], data.draw(st.sampled_from(ways))
         if way == "hdel":
             self.admin.hdel(self.keys.index, mail)

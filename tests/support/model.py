@@ -99,8 +99,10 @@ class Model:
         """An entry that was in no pending list and not due."""
         mail = self.entries[sid].mail
         tag = self.starts.get(mail, (0, ""))[1]
-        known = max(int(tag.rpartition(":")[2] or 0), self.tries.get(mail, (0, 0))[1])
-        self.entries[sid] = replace(self.entries[sid], place="flight", owner="audit", count=known + ahead, handed_back=True)
+        attempts, last = self.tries.get(mail, (0, 0))
+        count = max(int(tag.rpartition(":")[2] or 0), last) + ahead
+        self.tries[mail] = (attempts, count)
+        self.entries[sid] = replace(self.entries[sid], place="flight", owner="audit", count=count, handed_back=True)
 
     def came_again(self, sid: str, new: str) -> None:
         """A deleted entry's mail was published once more: it was counted already."""

@@ -521,7 +521,10 @@ class Story:
             state = admin.mget(own.uidvalidity, own.last_uid)
             assert state == folder, f"intake of {name} ends at {state}, not {folder}"
             counted += int(admin.get(own.email_count) or 0)
-        assert counted == len(self.subjects), f"{counted} mails entered the stream"
+        again = self.faults[
+            "moved"
+        ]  # what was moved by hand is gone from where the index names it: intake may bring it once more
+        assert len(self.subjects) <= counted <= len(self.subjects) + again, f"{counted} mails entered the stream"
         never = set(self.subjects) - {email_id for email_id, _, _ in self.effects}
         assert not never, f"no handler ever saw {never}"
         forgot = {"flush", "rollback"} & self.faults.keys()

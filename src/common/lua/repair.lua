@@ -18,9 +18,12 @@ local answer = {'0'}
 
 local function hand_back(sid, email_id)
   local started = string.match(redis.call('HGET', KEYS[3], email_id) or '', ':(%d+)$') or '0'
-  local tried = string.match(redis.call('HGET', KEYS[4], email_id) or '', '^%d+|(%d+)') or '0'
-  redis.call('XCLAIM', KEYS[1], ARGV[1], CONSUMER, 0, sid, 'IDLE', LONG_AGO,
-    'RETRYCOUNT', math.max(tonumber(started), tonumber(tried)) + AHEAD, 'FORCE', 'JUSTID')
+  local attempts, tried, first = string.match(redis.call('HGET', KEYS[4], email_id) or '0|0|', '^(%d+)|(%d+)|?(%d*)$')
+  local count = string.format('%.0f', math.max(tonumber(started), tonumber(tried)) + AHEAD)
+  redis.call('XCLAIM', KEYS[1], ARGV[1], CONSUMER, 0, sid, 'IDLE', LONG_AGO, 'RETRYCOUNT', count, 'FORCE', 'JUSTID')
+  if redis.call('HEXISTS', KEYS[2], email_id) == 1 then                               -- so that a second loss finds a higher one
+    redis.call('HSET', KEYS[4], email_id, attempts .. '|' .. count .. '|' .. first)
+  end
 end
 
 if walk == 'stream' then
