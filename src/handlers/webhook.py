@@ -86,7 +86,7 @@ class WebhookSettings(HandlerSettings):
 
 
 class Context(Protocol):
-    """What is used of `src.worker.processor.Context`."""
+    """What is used of `src.worker.context.Context`."""
 
     @property
     def idempotency_key(self) -> str: ...

@@ -12,7 +12,7 @@ PACE = threading.Event()  # never set: waiting for it is how this handler takes 
 
 
 class Context(Protocol):
-    """What is used of `src.worker.processor.Context`."""
+    """What is used of `src.worker.context.Context`."""
 
     @property
     def attempt(self) -> int: ...
