@@ -231,7 +231,7 @@ DAEMON = """
 import os, signal, sys, threading
 stop = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: stop.set())
-print("up", os.getcwd(), sorted(os.environ), sys.argv[1:])
+print("up", os.getcwd(), sorted(name for name in os.environ if not name.startswith("COVERAGE_")), sys.argv[1:])
 stop.wait()
 print("down")
 sys.exit(3)

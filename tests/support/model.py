@@ -101,7 +101,8 @@ class Model:
         tag = self.starts.get(mail, (0, ""))[1]
         attempts, last = self.tries.get(mail, (0, 0))
         count = max(int(tag.rpartition(":")[2] or 0), last) + ahead
-        self.tries[mail] = (attempts, count)
+        if mail in self.index:
+            self.tries[mail] = (attempts, count)
         self.entries[sid] = replace(self.entries[sid], place="flight", owner="audit", count=count, handed_back=True)
 
     def came_again(self, sid: str, new: str) -> None:
@@ -110,9 +111,13 @@ class Model:
         self.entries[new] = Entry(mail)
         self.index[mail] = f"S:{new}"
 
-    def adopted(self, mail: str, sid: str) -> None:
-        self.index[mail] = f"S:{sid}"
-        self._count(mail, 1)
+    def index_of_stream(self) -> list[str]:
+        """Mails that the index says are unfinished."""
+        return sorted(mail for mail, location in self.index.items() if location.startswith("S:"))
+
+    def copies(self) -> bool:
+        """Whether two entries are of one mail, or one is known to no index."""
+        return len({entry.mail for entry in self.entries.values()}) < len(self.entries) or bool(self.strays())
 
     def strays(self) -> dict[str, str]:
         """email_id → its last entry, of mails in the stream that no index knows."""
