@@ -534,17 +534,12 @@ MORE_MUTANTS = (
     Mutant("discard", "if redis.call('HINCRBY', KEYS[3], open, -1) <= 0 then redis.call('HDEL', KEYS[3], open) end"),
     Mutant("discard", "redis.call('HDEL', KEYS[1], email_id)"),
     Mutant("discard", "redis.call('XDEL', KEYS[2], dead)\n    answer[#answer + 1] = verdict", "answer[#answer + 1] = verdict"),
-    Mutant("reprocess", "elseif redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then", "elseif false then"),
     Mutant("reprocess", "redis.call('HINCRBY', KEYS[3], mail.open, 1)"),
     Mutant("reprocess", "redis.call('SADD', KEYS[4], mail.id)"),
     Mutant("reap", "consumer.pending == 0 and"),
     Mutant("repair", "if mend then redis.call('ZREM', KEYS[5], found[2][i]) end"),
     Mutant("repair", "if not location or (location ~= 'S:' .. sid and", "if location and (location ~= 'S:' .. sid and"),
     Mutant("repair", "not stands(KEYS[1], KEYS[6], location) and not pending", "not pending"),
-    Mutant(
-        "adopt", "elseif redis.call('SISMEMBER', KEYS[4 + tonumber(ARGV[i + 3])], ARGV[i + 2]) == 1 then", "elseif false then"
-    ),
-    Mutant("adopt", "if not location then redis.call('HINCRBY', KEYS[4], open, 1) end"),
     Mutant("audit", "if done[i] == 1 then", "if false then"),
 )
 
