@@ -53,7 +53,7 @@ class Consumer:
         self._since: dict[str, float] = {}  # when each of them became ours
         self._unbegun: list[Delivery] = []
         self._suspects: deque[Delivery] = deque()
-        self._alone = ""  # stream id of the suspect that runs, "" if none does
+        self._alone: tuple[str, int] | None = None  # (stream id, delivery count) of the suspect that runs
         self._deaths: deque[str] = deque(maxlen=LAST)  # the error group of each dead mail, "" for a done one
         self._dead_at_stop = 0
         self._next_look = 0.0
@@ -186,12 +186,12 @@ class Consumer:
     def _drop(self, mails: Sequence[Delivery]) -> None:
         with self.settled:
             for mail in mails:
+                if self._alone == (mail.stream_id, mail.count):
+                    self._alone = None
                 held = self._in_flight.get(mail.stream_id)
                 if held is None or held.count != mail.count:
                     continue  # a late answer about a mail that went to others and came back: what is here now goes on
                 del self._in_flight[mail.stream_id], self._since[mail.stream_id]
-                if mail.stream_id == self._alone:
-                    self._alone = ""
             self.settled.notify_all()
 
     def _begin(self) -> list[Started]:
@@ -231,7 +231,7 @@ class Consumer:
         self._suspects.popleft()
         if isinstance(answer, Begun) and answer.verdict == "GO":
             with self.settled:
-                self._alone = mail.stream_id
+                self._alone = (mail.stream_id, mail.count)
             self.counts["started"] += 1
             log.info("%s did not finish its last start: it runs alone now", mail.email_id)
             return [Started(mail, answer.attempts, self.handlers.of(mail.fields), alone=True)]

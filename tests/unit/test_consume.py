@@ -336,6 +336,19 @@ def test_a_suspect_begins_when_its_process_stands_ready(store: Store) -> None:
     assert store.content()["starts"] == {M1: "1|1-0:2"}
 
 
+def test_a_late_answer_of_a_suspect_lets_the_next_one_start(store: Store) -> None:
+    """Its lease was lost, the mail failed elsewhere and came back here while it still ran: the mail runs once it has answered."""
+    crashed(store, 1)
+    consumer, other = joined(store, "w1"), joined(store, "w2")
+    [late] = taken(consumer)
+    store.age("1-0", "w1", HOUR)
+    [taken_over] = taken(other)
+    other.settle([Failure(taken_over.delivery, "crash", 0.0, "", "ProcessDied", "x")])
+    assert consumer.take(8) == [], "it is back, a suspect, and waits for the one that runs"
+    settle(consumer, [late])
+    assert [(mail.delivery.count, mail.alone) for mail in taken(consumer)] == [(4, True)]
+
+
 def test_a_suspect_starts_where_no_thread_is_free(store: Store) -> None:
     """It takes no handler's place: handlers that hang do not hold it."""
     crashed(store, 1)
