@@ -102,8 +102,9 @@ class Consumer:
 
     def _take(self, room: int) -> list[Started]:
         if room <= 0:
-            self._wait()
-            return []
+            if not self._unbegun:
+                self._wait()
+            return self._begin()
         if self.clock.monotonic() >= self._next_look and self._look_around():
             self._taken(recovery.promote(self.seat, most=room))
             if self.clock.monotonic() >= self._no_recovery_before:
