@@ -4,8 +4,8 @@ cd "$(dirname "$0")/.." || exit 1
 
 usage="usage: ./scripts/test.sh [--all] [--help] [pytest arguments…]
 
-Sets up what is missing (.venv with the pinned packages; on Debian redis-server, dovecot-imapd, postgresql and faketime, whose services are not
-started), runs scripts/check.sh, then all tests with at least 90 % of src covered.
+Sets up what is missing (.venv with the pinned packages; on Debian redis-server, dovecot-imapd, postgresql, prometheus, chromium, shellcheck and
+faketime, whose services are not started), runs scripts/check.sh, then all tests with at least 90 % of src covered.
 
   --all    also the long runs (tests marked full)
   --help   this text
@@ -27,7 +27,8 @@ done
 . scripts/lib.sh
 SECONDS=0
 setup_python dev
-setup_debian redis-server:redis-server faketime:faketime dovecot-imapd:dovecot postgresql:initdb openssl:openssl
+setup_debian redis-server:redis-server faketime:faketime dovecot-imapd:dovecot postgresql:initdb openssl:openssl \
+  prometheus:promtool chromium:chromium shellcheck:shellcheck
 
 failed=()
 if [ $# -gt 0 ]; then

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 
 import uvicorn
@@ -64,12 +64,16 @@ def is_allowed(header: str, hosts: Collection[str]) -> bool:
 
 
 def serve(
-    listener: socket.socket, pages: Mapping[str, Callable[[], Page]], hosts: Collection[str], shutdown: Shutdown
+    listener: socket.socket,
+    pages: Mapping[str, Callable[[], Page]],
+    hosts: Collection[str],
+    shutdown: Shutdown,
+    routes: Sequence[Route] = (),
 ) -> Callable[[], None]:
     """Answer GET on `listener` from a thread of its own. Returns the function that ends it.
 
-    `pages`: path → what makes its answer, each time in a thread of a pool: one that hangs on a disk holds up no other. `hosts`: see
-    `allowed_hosts`.
+    `pages`: path → what makes its JSON, each time in a thread of a pool: one that hangs on a disk holds up no other. `routes`: pages that
+    are no JSON. `hosts`: see `allowed_hosts`.
     """
 
     def route(path: str, page: Callable[[], Page]) -> Route:
@@ -80,7 +84,10 @@ def serve(
         return Route(path, answer)
 
     async def unknown(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": f"no such page: {request.url.path}", "pages": sorted(pages)}, status_code=404)
+        return JSONResponse(
+            {"error": f"no such page: {request.url.path}", "pages": sorted([*pages, *(route.path for route in routes)])},
+            status_code=404,
+        )
 
     async def not_get(request: Request, error: Exception) -> Response:
         return JSONResponse({"error": f"{request.method} is not answered here"}, status_code=405, headers={"Allow": "GET, HEAD"})
@@ -98,7 +105,7 @@ def serve(
             await app(scope, receive, send)
 
     app = Starlette(
-        routes=[route(path, page) for path, page in pages.items()],
+        routes=[*(route(path, page) for path, page in pages.items()), *routes],
         middleware=[Middleware(Guarded)],
         exception_handlers={404: unknown, 405: not_get},
     )

@@ -83,7 +83,7 @@ class Worker:
         self.settler: Batcher[Outcome] = Batcher(self._settle, most=work.batch_size, seconds=GROUP_COMMIT)
         new_child = partial(Child, settings, routes)
         self.runners = Runners(self.consumer, self.settler.put, new_child, work.isolation == "process", shutdown, clock)
-        self.consumer.alone_ready = self.runners.suspects.ready
+        self.consumer.alone_ready = lambda: not shutdown.requested and self.runners.suspects.ready()
         self.stopped = threading.Event()
         self.joined = False
         self.began = clock.monotonic()
