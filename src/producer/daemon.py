@@ -281,7 +281,7 @@ class Producer:
             if isinstance(answer, Held):
                 log.warning("%s: the lease is lost to another producer", mailbox.title)
             else:
-                mailbox.reader.resync = answer.resync
+                mailbox.reader.resync, mailbox.reader.epoch = answer.resync, answer.epoch
             self._unrenewed.discard(mailbox.title)
         except Transient as error:
             level = logging.DEBUG if mailbox.title in self._unrenewed else logging.WARNING

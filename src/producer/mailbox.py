@@ -204,10 +204,9 @@ class Mailbox:
             answer = self.pulse.ask_redis(lambda: self.states.acquire(self.settings.mail.lease))
             self.owns = not isinstance(answer, Held)
             if not isinstance(answer, Held):
-                self.reader.resync = answer.resync
-                self.reader.compare_marker(answer.state)
+                self.reader.owned(answer)
                 return answer.state
-            self.status = "STANDBY"
+            self.status, self.reader.epoch = "STANDBY", 0
             if not said:
                 said = True
                 log.info(

@@ -37,11 +37,13 @@ class State:
 class Marker:
     """What the marker file on disk remembers for the day Redis forgets.
 
-    `oldest`: INTERNALDATE day (ISO date) of the oldest mail that was not finished, "" if that may be any.
+    `oldest`: INTERNALDATE day (ISO date) of the oldest mail that was not finished, "" if that may be any. `epoch`: of the last lease that
+    was seen, 0 for none; Redis counts it up with each owner of the mailbox.
     """
 
     state: State
     oldest: str
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,23 @@ def _lost(marker: Marker, uidvalidity: int, highest: int) -> Opening:
         State(uidvalidity, 0, boundary, min(horizon, highest), known.first_complete),
         f"the state is gone from Redis: reading again from {boundary[:10] or 'the beginning'}, effects since may repeat",
     )
+
+
+def came_back_older(state: State, epoch: int, marker: Marker, *, first: bool) -> str:
+    """How one sees that Redis knows less than the disk, since an older copy of it came back; "" if it does not.
+
+    `epoch`: of the lease just taken. `first`: it is the first lease of this process, so that it is younger than the marker's.
+    """
+    if state.uidvalidity == marker.state.uidvalidity and state.last_uid < marker.state.last_uid:
+        return f"last_uid {state.last_uid}, {marker.state.last_uid} was reached"
+    if epoch < marker.epoch or (first and epoch == marker.epoch):
+        return f"epoch {epoch}, {marker.epoch} was reached"
+    return ""
+
+
+def look_since(marker: Marker) -> str:
+    """The ISO date from which all mail is looked at again where Redis came back older: what was finished by then needs no look."""
+    return _day_before(marker.oldest)[:10] or "1970-01-02"
 
 
 def first_threshold(initial_sync: str, now: datetime) -> str:

@@ -25,7 +25,7 @@ from src.producer.plan import Marker, State
 from src.producer.progress import Progress
 from src.producer.pulse import Pulse
 from src.producer.repair import Findings, no_checkup
-from src.producer.state_manager import Identity, Mail, MarkerFile, StateManager
+from src.producer.state_manager import Identity, Lease, Mail, MarkerFile, StateManager
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ class Reader:
     known: int = 0
     unaccounted: int = 0
     resync: str = ""
+    epoch: int = 0
     _ahead: int = 0
     _next_look_ahead: float = 0.0
     _next_look_back: float = 0.0
@@ -163,19 +164,20 @@ class Reader:
         self._publish([], state, opened.state)
         return opened.state
 
-    def compare_marker(self, state: State | None) -> None:
-        """Say so where Redis knows less than the disk: an older copy of it came back."""
-        self._marker = self._marker or self.marker_file.read()
-        marker = self._marker
-        if state is None or marker is None:
+    def owned(self, lease: Lease) -> None:
+        """The mailbox is ours. Where Redis knows less than the disk an older copy of it came back: said, and looked at again."""
+        first = self._marker is None
+        self._marker = marker = self._marker or self.marker_file.read()
+        self.resync, self.epoch = lease.resync, lease.epoch
+        if lease.state is None or marker is None:
             return
-        if marker.state.uidvalidity == state.uidvalidity and state.last_uid < marker.state.last_uid:
+        older = plan.came_back_older(lease.state, lease.epoch, marker, first=first)
+        if older:
             log.warning(
-                "%s: Redis came back older (last_uid %d, %d was reached): mail since then is read again, effects may repeat",
-                self.pulse.title,
-                state.last_uid,
-                marker.state.last_uid,
+                "%s: Redis came back older (%s): mail since then is read again, effects may repeat", self.pulse.title, older
             )
+            self.pulse.ask_redis(partial(self.states.request_look, plan.look_since(marker)))
+            self.resync = self.pulse.ask_redis(self.states.requested)
 
     def settle_absent(self, session: Session) -> None:
         """Mails whose data the server withheld: gone if the folder does not show them twice, a stub after the last try."""
@@ -532,16 +534,18 @@ class Reader:
         """The marker must never be younger than the oldest mail that is about to be unfinished."""
         days = [mail.fields["internal_date"][:10] for mail in mails]
         if days and self._marker and self._marker.oldest and min(days) < self._marker.oldest:
-            self._write_marker(Marker(self._marker.state, min(days)))
+            self._write_marker(replace(self._marker, oldest=min(days)))
 
     def remember(self, state: State, *, force: bool) -> None:
         """Bring the marker up to date: at once where a read begins or ends, else from time to time."""
         marker, now = self._marker, self.clock.monotonic()
-        if marker and not force and (marker.state == state or now - self._marker_written < MARKER_SECONDS):
+        epoch = self.epoch or (marker.epoch if marker else 0)
+        known = marker is not None and (marker.state, marker.epoch) == (state, epoch)
+        if marker and not force and (known or now - self._marker_written < MARKER_SECONDS):
             return
         unfinished = plan.oldest_open(self.pulse.ask_redis(self.states.open_days), self.account, self.name)
         newest = min(self._newest, iso(self.clock.wall()))[:10]
-        self._write_marker(Marker(state, unfinished or newest or (marker.oldest if marker else "")))
+        self._write_marker(Marker(state, unfinished or newest or (marker.oldest if marker else ""), epoch))
 
     def _write_marker(self, marker: Marker) -> None:
         self.marker_file.write(marker)

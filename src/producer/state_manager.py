@@ -252,7 +252,7 @@ class MarkerFile:
         """None where there is none. Raises ConfigurationError for a damaged one: guessing could lose mail."""
         try:
             content = json.loads(self._path.read_text())
-            return Marker(State(**content["state"]), content["oldest"])
+            return Marker(State(**content["state"]), content["oldest"], content["epoch"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -271,7 +271,7 @@ class MarkerFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         aside = self._path.with_suffix(".tmp")
         with aside.open("w") as file:
-            json.dump({"state": asdict(marker.state), "oldest": marker.oldest}, file)
+            json.dump(asdict(marker), file)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(self._path)

@@ -404,6 +404,28 @@ def test_a_redis_that_came_back_older(durable: Pipeline) -> None:
     assert balance(durable) == {"in_the_mailbox": 7, "done": 6, "dead": 1}
 
 
+def test_a_redis_that_came_back_older_and_read_as_far(durable: Pipeline) -> None:
+    """Its files are put back to before an owner changed, last_uid is the same: the epoch tells, unfinished days are looked at again."""
+    places = in_every_place(durable)
+    durable.redis.stop()
+    durable.redis.keep_copy(durable.tmp / "older")
+    durable.redis.start()
+    for _ in range(3):
+        take_in(durable)
+    durable.redis.stop()
+    durable.redis.put_back(durable.tmp / "older")
+    durable.redis.start()
+    with durable.producer("--once") as producer:
+        producer.wait_for(r"Redis came back older .epoch (\d+), \d+ was reached", DEADLINE)
+        producer.wait_for("looking again at 5 mails since", DEADLINE)
+        assert producer.exit_code(DEADLINE) == 0
+    with durable.producer("--once") as producer:
+        assert producer.exit_code(DEADLINE) == 0
+        assert "older" not in producer.output(), "said once"
+    settle(durable, places)
+    assert balance(durable) == {"in_the_mailbox": 5, "done": 4, "dead": 1}
+
+
 # never a false alarm
 
 

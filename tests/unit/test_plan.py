@@ -208,6 +208,30 @@ def begin(state: State | None, marker: Marker | None, **changes: object) -> Open
     return plan.opening(state, marker, **(facts | changes))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("last_uid", "epoch", "first", "why"),
+    [
+        pytest.param(40, 9, True, "", id="further than the marker, a younger owner"),
+        pytest.param(30, 6, True, "", id="as far as the marker, the next owner"),
+        pytest.param(30, 5, False, "", id="the owner who wrote the marker"),
+        pytest.param(29, 6, True, "last_uid 29, 30 was reached", id="read less far"),
+        pytest.param(30, 5, True, "epoch 5, 5 was reached", id="a new owner with a number that was given before"),
+        pytest.param(40, 4, False, "epoch 4, 5 was reached", id="an owner younger than the one we saw"),
+    ],
+)
+def test_a_redis_that_knows_less_than_the_disk(last_uid: int, epoch: int, first: bool, why: str) -> None:
+    """An older copy came back: seen by how far it was read, or by how many owners it counted."""
+    marker = Marker(replace(COMPLETE, last_uid=30), "2026-01-28", 5)
+    assert plan.came_back_older(replace(COMPLETE, last_uid=last_uid), epoch, marker, first=first) == why
+    assert plan.came_back_older(replace(COMPLETE, last_uid=1, uidvalidity=8), 6, marker, first=True) == "", "another numbering"
+
+
+def test_what_is_looked_at_again_where_redis_came_back_older() -> None:
+    """All mail since the day before the oldest that was unfinished; all of it where that is not known."""
+    assert plan.look_since(Marker(COMPLETE, "2026-01-28")) == "2026-01-27"
+    assert plan.look_since(Marker(COMPLETE, "")) == "1970-01-02"
+
+
 OPENINGS = [
     pytest.param(begin(STATE, None), "continue", STATE, id="a known state goes on as it stands"),
     pytest.param(begin(STATE, Marker(COMPLETE, "")), "continue", STATE, id="Redis is believed before the marker"),

@@ -415,7 +415,7 @@ def test_the_marker_comes_back_as_it_was_written(tmp_path: Path) -> None:
     for account, mailbox in (("a@example.org", "INBOX"), ("a/../b", "[Gmail]/All Mail"), ("a@example.org", "../INBOX")):
         file = MarkerFile(tmp_path, account, mailbox)
         assert file.read() is None
-        marker = Marker(replace(SECOND, passed=len(mailbox)), "2026-01-31")
+        marker = Marker(replace(SECOND, passed=len(mailbox)), "2026-01-31", 7)
         file.write(marker)
         assert MarkerFile(tmp_path, account, mailbox).read() == marker
     assert len(list(tmp_path.rglob("*.json"))) == 3
