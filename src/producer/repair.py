@@ -92,7 +92,7 @@ def examine(redis: RedisClient, keys: Keys, group: str, *, mend: bool) -> Findin
             findings.strays[email_id] = Stray(email_id, sid, *more)
     findings.found["stray"] = len(findings.strays)
     if mend:
-        _adopt(redis, keys, list(findings.strays.values()))
+        adopt(redis, keys, list(findings.strays.values()))
     findings.dangling = {email_id: place for _, email_id, place in walk("index") if email_id not in findings.strays}
     findings.found["dangling"] = len(findings.dangling)
     findings.found["nothing due"] = sum(1 for _ in walk("due"))
@@ -104,6 +104,20 @@ def examine(redis: RedisClient, keys: Keys, group: str, *, mend: bool) -> Findin
         recount(redis, keys)
     findings.found = +findings.found
     return findings
+
+
+def adopt(redis: RedisClient, keys: Keys, strays: Sequence[Stray]) -> list[str]:
+    """Entries that no index knows become the mails that they are; for each OK, GONE, KNOWN (another copy lives) or DONE (done already)."""
+    answers: list[str] = []
+    for page in _pages(strays, PAGE):
+        sets: dict[str, int] = {}
+        args: list[str | int] = []
+        for stray in page:
+            number = sets.setdefault(keys.processed(stray.account, stray.internal_date), len(sets) + 1)
+            day = open_field(stray.account, stray.mailbox, stray.internal_date)
+            args += [stray.sid, stray.email_id, member_of(stray.email_id), number, day]
+        answers += redis.run("adopt", [keys.stream, keys.index, keys.dlq, keys.open, *sets], args)
+    return answers
 
 
 def forget(redis: RedisClient, keys: Keys, group: str, dangling: dict[str, str]) -> int:
@@ -187,17 +201,6 @@ def _walk(redis: RedisClient, keys: Keys, group: str, what: str, *, mend: bool) 
 def _is_ours(email_id: str, more: Sequence[str]) -> bool:
     parts = split_email_id(email_id)
     return parts is not None and parts[1] == more[0] and _INTERNAL_DATE.fullmatch(more[2]) is not None
-
-
-def _adopt(redis: RedisClient, keys: Keys, strays: Sequence[Stray]) -> None:
-    for page in _pages(strays, PAGE):
-        sets: dict[str, int] = {}
-        args: list[str | int] = []
-        for stray in page:
-            number = sets.setdefault(keys.processed(stray.account, stray.internal_date), len(sets) + 1)
-            day = open_field(stray.account, stray.mailbox, stray.internal_date)
-            args += [stray.sid, stray.email_id, member_of(stray.email_id), number, day]
-        redis.run("adopt", [keys.stream, keys.index, keys.dlq, keys.open, *sets], args)
 
 
 def _miscount(redis: RedisClient, keys: Keys, group: str) -> int:

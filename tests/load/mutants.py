@@ -112,6 +112,34 @@ GUARDS = (
         ("tests/integration/test_simulation.py",),
         "covered_by_the_marker",
     ),
+    lua(
+        "publish",
+        "what was deleted by hand comes again",
+        "located[i] and stands(KEYS[6], KEYS[9], located[i])",
+        "located[i]",
+        "state_manager",
+    ),
+    lua(
+        "adopt",
+        "another copy lives",
+        "elseif location and stands(KEYS[1], KEYS[3], location) then",
+        "elseif false then",
+        "repair",
+    ),
+    lua(
+        "adopt",
+        "a mail that was done is not adopted",
+        "KEYS[4 + tonumber(ARGV[i + 3])], ARGV[i + 2]) == 1 then",
+        "KEYS[4 + tonumber(ARGV[i + 3])], ARGV[i + 2]) == 2 then",
+        "repair",
+    ),
+    Guard(
+        "plan: an older Redis is told by its epoch",
+        "src/producer/plan.py",
+        "if epoch < marker.epoch or (first and epoch == marker.epoch):",
+        "if False:",
+        (f"{UNIT}plan.py",),
+    ),
     Guard(
         "redis_client: a call is sent once",
         "src/common/redis_client.py",
@@ -155,6 +183,14 @@ GUARDS = (
         "if not self.alone_ready():",
         "if False:",
         (f"{UNIT}consume.py",),
+    ),
+    Guard(
+        "worker: who stops begins no suspect",
+        "src/worker/daemon.py",
+        "not shutdown.requested and self.runners.suspects.ready()",
+        "self.runners.suspects.ready()",
+        ("tests/integration/test_worker_faults.py",),
+        "waits_to_run_alone",
     ),
     Guard(
         "consume: a late answer lets go of nothing newer",
@@ -225,6 +261,7 @@ GUARDS = (
     ),
     lua("discard", "its steps go with it", "redis.call('DEL', KEYS[5 + (i + 2) / 5])", "", "dlq"),
     lua("reprocess", "what lives has no second life", "elseif location then", "elseif false then", "reprocess"),
+    lua("reprocess", "FULL", "elseif redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then", "elseif false then", "reprocess"),
 )
 
 
