@@ -276,6 +276,17 @@ def test_known_mail_is_not_added_again(store: Store) -> None:
     assert intake(store)["email_count"] == "1"
 
 
+def test_mail_deleted_by_hand_comes_again(store: Store) -> None:
+    """The index names an entry and a letter that are gone: both mails enter again, and each is still counted once."""
+    store.put({"index": {M1: "S:1-0", M2: "D:1-0"}, "open": {DAY: "2"}})
+    assert publish(owner(store), [mail(1), mail(2)]) == Published("OK", (True, True), 2)
+    assert store.content() == {
+        "stream": {"#1": M1, "#2": M2},
+        "index": {M1: "S:#1", M2: "S:#2"},
+        "open": {DAY: "2"},
+    }
+
+
 def test_the_same_id_twice_in_a_batch_enters_once(store: Store) -> None:
     """The same Gmail message in one folder under two UIDs."""
     assert publish(owner(store), [mail(1), mail(2, email_id=M1)]) == Published("OK", (True, False), 1)
