@@ -35,7 +35,10 @@ if [ $# -gt 0 ]; then
   .venv/bin/python -m pytest ${all[@]+"${all[@]}"} "$@" || failed+=(tests)
 else
   ./scripts/check.sh || failed+=(checks)
-  .venv/bin/python -m pytest ${all[@]+"${all[@]}"} -n 2 --dist worksteal --cov=src --cov-report=term --cov-fail-under=90 || failed+=(tests)
+  .venv/bin/python -m pytest -n 2 --dist worksteal --cov=src --cov-report=term --cov-fail-under=90 || failed+=(tests)
+  if [ ${#all[@]} -gt 0 ]; then
+    .venv/bin/python -m pytest --all -m full -n 2 --dist worksteal || failed+=("long tests")
+  fi
 fi
 
 if [ ${#failed[@]} -gt 0 ]; then

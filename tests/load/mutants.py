@@ -185,14 +185,6 @@ GUARDS = (
         (f"{UNIT}consume.py",),
     ),
     Guard(
-        "worker: who stops begins no suspect",
-        "src/worker/daemon.py",
-        "not shutdown.requested and self.runners.suspects.ready()",
-        "self.runners.suspects.ready()",
-        ("tests/integration/test_worker_faults.py",),
-        "waits_to_run_alone",
-    ),
-    Guard(
         "consume: a late answer lets go of nothing newer",
         "src/worker/consume.py",
         "if held is None or held.count != mail.count:",
