@@ -152,7 +152,7 @@ GUARDS = (
     lua("recover", "only after the lease", "'IDLE', ARGV[3],", "'IDLE', 0,", "recovery"),
     lua("recover", "not what I work on", "if not busy[entry[1]] and", "if", "recovery"),
     lua("promote", "fence count (RETRYCOUNT)", "'^%d+|(%d+)')) + 1", "'^%d+|(%d+)'))", "recovery"),
-    lua("promote", "ZREM", "redis.call('ZREM', KEYS[4], member)", "", "recovery"),
+    lua("promote", "ZREM", "redis.call('ZREM', KEYS[3], member)", "", "recovery"),
     lua("begin", "owner", FENCE, NEVER, "idempotency"),
     lua("begin", "done before", "mail.done or (location and", "(location and", "idempotency"),
     lua(
