@@ -92,6 +92,16 @@ class Keys:
         """Set of the email_ids that a run of `scripts/reprocess.py` brought back."""
         return f"{self.stream}:run:{name}"
 
+    @cached_property
+    def runs_pattern(self) -> str:
+        """For SCAN: the sets of all runs."""
+        return f"{escaped(self.stream)}:run:*"
+
+    @cached_property
+    def erasing(self) -> str:
+        """Set of the references of raw mail that `scripts/erase.py` has still to remove from the archive."""
+        return f"{self.stream}:erasing"
+
     def processed(self, account: str, internal_date: str) -> str:
         """Set of the members (see `src.mail.record.member_of`) of finished mail: one per account and INTERNALDATE day.
 
