@@ -133,8 +133,6 @@ class Eraser:
             self.went["raw mails"] += removed
             if shared:
                 self.stays.append(f"stays: {shared} raw mails in the archive that are also those of other, or of unfinished mail")
-                    f"{shared} raw mails stay in the archive: other mail, or what is left below, has the same bytes"
-                ]
         rest = int(self.redis.call("SCARD", self.keys.erasing))
         if rest:
             why = (

@@ -20,7 +20,7 @@ from tests.support.wait import until
 
 STREAM = "email_ingestion_stream"
 KEYS = Keys(STREAM)
-SECRET = "sesame4711"  # noqa: S105  # a word of the mails that are erased, and of no other
+SECRET = "sesame4711"  # a word of the mails that are erased, and of no other
 SENDER = f"Eve.{SECRET}@Example.org"
 
 
@@ -71,6 +71,10 @@ def mentions(pipeline: Pipeline, *words: str) -> list[str]:
     return sorted(place for place, text in places.items() if any(word in text.lower() for word in wanted))
 
 
+def raw_files(pipeline: Pipeline) -> list[Path]:
+    return list((pipeline.tmp / "data" / "raw").glob("[0-9a-f]/*"))
+
+
 def content(client: Any, key: bytes) -> object:
     readers = {
         b"string": lambda: client.get(key),
@@ -98,7 +102,7 @@ def test_all_mail_of_a_sender(either: Pipeline) -> None:
     command(pipeline, "dlq", "replay", letter)
     settle(pipeline, {}, JOURNAL=str(pipeline.tmp / "other"))  # a fresh journal: the mail fails, and is dead, once more
     pipeline.client.xadd(KEYS.results, {"email_id": eve["fail 1"], "outcome": "done", "from": SENDER.upper()})  # and done before
-    raw_before = len([path for path in (pipeline.tmp / "data" / "raw").glob("[0-9a-f]/*")])
+    raw_before = len(raw_files(pipeline))
     assert len(mentions(pipeline, SECRET)) >= 5
 
     told = erase(pipeline, "--sender", SENDER.swapcase(), "--yes")
@@ -112,7 +116,7 @@ def test_all_mail_of_a_sender(either: Pipeline) -> None:
     }
     assert (told["left"], told["troubles"]) == ({}, [])
     assert mentions(pipeline, SECRET, *eve.values()) == []
-    assert len([path for path in (pipeline.tmp / "data" / "raw").glob("[0-9a-f]/*")]) == raw_before - 3
+    assert len(raw_files(pipeline)) == raw_before - 3
 
     mailbox, redis = audit(pipeline)
     assert (mailbox["unaccounted"], redis["ok"]) == (0, True)
@@ -177,7 +181,7 @@ def test_unfinished_mail_is_left_to_its_worker(pipeline: Pipeline) -> None:
 
 
 def test_killed_half_way_the_next_one_does_the_rest(pipeline: Pipeline) -> None:
-    """After the transition, before the raw mail: the archive is away, exit 1; then the same line removes it, though Redis knows it no more."""
+    """Between the transition and the raw mail (the archive is away): exit 1; the same line removes it, though Redis knows it no more."""
     eve = from_eve(pipeline, "fine")
     settle(pipeline, eve)
     archive = pipeline.tmp / "data" / "raw"
@@ -205,9 +209,7 @@ def test_raw_mail_that_the_results_have_forgotten(pipeline: Pipeline) -> None:
     told = erase(pipeline, "--sender", SENDER, "--yes")
     assert told["erased"] == {"raw mails": 1}
     assert "1 raw mails in the archive" in told["stays"][-1]
-    assert [path.name for path in (pipeline.tmp / "data" / "raw").glob("[0-9a-f]/*")] == [
-        two[1]["raw_ref"].removeprefix("sha256:")
-    ]
+    assert [path.name for path in raw_files(pipeline)] == [two[1]["raw_ref"].removeprefix("sha256:")]
 
 
 def test_under_least_privilege(pipeline: Pipeline) -> None:
