@@ -94,6 +94,11 @@ class Eraser:
             if not self._round() or self.shutdown.requested:
                 break
         self._remove_raw()
+        for stream in erase.rewrite(self.redis, self.keys):
+            self.troubles.append(
+                f"{stream} could not be written anew (it has consumer groups, or changes too fast): the server's memory and files hold the "
+                "bytes of what was deleted until the entries beside it are gone; run the same line again"
+            )
         if self.shutdown.requested:
             self.troubles.append("stopped as asked: run the same line again")
 
@@ -133,7 +138,7 @@ class Eraser:
             self.went["raw mails"] += removed
             if shared:
                 self.stays.append(f"stays: {shared} raw mails in the archive that are also those of other, or of unfinished mail")
-        rest = int(self.redis.call("SCARD", self.keys.erasing))
+        rest = sum(name.startswith("sha256:") for name in self.redis.call("SMEMBERS", self.keys.erasing))
         if rest:
             why = (
                 "RAW_ARCHIVE=off: name the place" if self.archive is None else f"{self.archive.store.place} does not give them up"

@@ -99,8 +99,13 @@ class Keys:
 
     @cached_property
     def erasing(self) -> str:
-        """Set of the references of raw mail that `scripts/erase.py` has still to remove from the archive."""
+        """Set of what `scripts/erase.py` has still to do: references of raw mail to remove, keys of streams to write anew."""
         return f"{self.stream}:erasing"
+
+    @cached_property
+    def copy(self) -> str:
+        """Stream that `scripts/erase.py` writes anew, until it takes the place of the old one."""
+        return f"{self.stream}:erasing:copy"
 
     def processed(self, account: str, internal_date: str) -> str:
         """Set of the members (see `src.mail.record.member_of`) of finished mail: one per account and INTERNALDATE day.

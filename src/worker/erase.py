@@ -1,7 +1,7 @@
-"""Mail that somebody asks to be erased: found wherever it stands, taken out by one transition a mail, its raw bytes by a list.
+"""Mail that somebody asks to be erased: found wherever it stands, taken out by one transition a mail, the rest by a list.
 
-The list (`Keys.erasing`) is written by the transition that forgets where the raw mail is: so a command that was killed half-way is
-finished by the next one.
+The list (`Keys.erasing`: raw mail to remove, streams to write anew) is written by the transition that forgets the mail: so a command
+that was killed half-way is finished by the next one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from src.worker.delivery import Delivery
 
 PAGE = 100
 HEAD_BYTES = 65_536
+TRIES = 5  # entries of a stream that is written anew may be deleted meanwhile
 WENT = ("stream entries", "dead letters", "results", "stored steps", "mentions in reprocess runs")
 Takes = Callable[[Fields], bool]
 
@@ -101,7 +102,8 @@ def erase(
     """(OK | HELD: a worker has it | LIVE: it is unfinished and `unfinished` is False | DANGLING: `scripts/audit.py --repair` first;
     how many of `WENT` went). Safe to repeat.
 
-    Only OK changes anything. The references of its raw mail then stand in `Keys.erasing`. Raises what RedisClient raises.
+    Only OK changes anything. The references of its raw mail, and the streams to write anew, then stand in `Keys.erasing`. Raises what
+    RedisClient raises.
     """
     account, date = mail.account, mail.internal_date
     dated = mail.ours and date is not None
@@ -129,7 +131,7 @@ def remove_raw(redis: RedisClient, keys: Keys, archive: Archive, began: datetime
 
     Raises ArchiveUnavailable and what RedisClient raises; then the rest stays listed.
     """
-    listed = sorted(redis.call("SMEMBERS", keys.erasing))
+    listed = sorted(raw_ref for raw_ref in redis.call("SMEMBERS", keys.erasing) if raw_ref.startswith("sha256:"))
     if not listed:
         return 0, 0
     needed = references(redis, keys) | {fields.get("raw_ref", "") for _, fields in _entries(redis, keys.results)}
@@ -143,3 +145,23 @@ def remove_raw(redis: RedisClient, keys: Keys, archive: Archive, began: datetime
             continue
         redis.call("SREM", keys.erasing, raw_ref)
     return removed, kept
+
+
+def rewrite(redis: RedisClient, keys: Keys) -> list[str]:
+    """Write the streams anew that `erase` deleted from, so that the server keeps no byte of it; those it could not, stay listed.
+
+    Workers may run: each page is one script, the last one swaps. A stream with consumer groups of somebody's own is left as it is.
+    Raises what RedisClient raises (RedisFull: there is no room for two of it).
+    """
+    left = []
+    for stream in sorted({keys.dlq, keys.results} & set(redis.call("SMEMBERS", keys.erasing))):
+        tries, verdict, after = TRIES, "", "0-0"
+        while tries and verdict not in ("DONE", "GROUPS"):
+            verdict, *rest = redis.run("rewrite", [stream, keys.copy], [after, PAGE])
+            after = rest[0] if verdict == "NEXT" else "0-0"
+            tries -= verdict == "AGAIN"
+        if verdict == "DONE":
+            redis.call("SREM", keys.erasing, stream)
+        else:
+            left.append(stream)
+    return left
