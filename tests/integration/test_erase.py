@@ -24,12 +24,6 @@ SECRET = "sesame4711"  # a word of the mails that are erased, and of no other
 SENDER = f"Eve.{SECRET}@Example.org"
 
 
-@pytest.fixture
-def either(sandbox: Sandbox, either_redis: RedisServer, tmp_path: Path) -> Pipeline:
-    """Into Redis 7.0, then into Valkey."""
-    return Pipeline(sandbox, either_redis, tmp_path)
-
-
 def command(pipeline: Pipeline, script: str, *args: str, code: int = 0, **env: str) -> str:
     with Daemon(f"scripts/{script}.py", *args, env={**pipeline.env, **env}, tmp=pipeline.tmp) as running:
         assert running.exit_code(DEADLINE) == code, running.output()
@@ -92,9 +86,9 @@ def audit(pipeline: Pipeline) -> list[dict[str, Any]]:
     return [json.loads(line) for line in command(pipeline, "audit").splitlines() if line.startswith("{")]
 
 
-def test_all_mail_of_a_sender(either: Pipeline) -> None:
+def test_all_mail_of_a_sender(sandbox: Sandbox, redis7: RedisServer, tmp_path: Path) -> None:
     """Done, dead, and both after a replay leave results, letters, steps, runs and the archive; others stay; nothing comes back."""
-    pipeline = either
+    pipeline = Pipeline(sandbox, redis7, tmp_path)
     others = pipeline.deliver("one", "permanent")
     eve = from_eve(pipeline, "fine", "permanent", "fail 1")
     settle(pipeline, eve)
@@ -122,7 +116,6 @@ def test_all_mail_of_a_sender(either: Pipeline) -> None:
 
     mailbox, redis = audit(pipeline)
     assert (mailbox["unaccounted"], redis["ok"]) == (0, True)
-    command(pipeline, "audit", "--repair")
     with pipeline.producer("--once", "--resync-from", "2020-01-01") as producer:
         assert producer.exit_code(DEADLINE) == 0
     assert mentions(pipeline, SECRET) == [], "it was not published again"
@@ -131,7 +124,6 @@ def test_all_mail_of_a_sender(either: Pipeline) -> None:
     assert set(books.reasons) == {others[1]}
     assert list(books.index) == [others[1]]
     assert sum(books.open.values()) == 1
-    assert erase(pipeline, "--sender", SENDER, "--yes")["erased"] == {}
 
 
 def test_one_mail_and_nothing_but_it(pipeline: Pipeline) -> None:
@@ -197,6 +189,7 @@ def test_killed_half_way_the_next_one_does_the_rest(pipeline: Pipeline) -> None:
     assert erase(pipeline, "--email-id", eve["fine"], "--yes")["erased"] == {"raw mails": 1}
     assert not raw.exists()
     assert not pipeline.client.exists(KEYS.erasing)
+    assert erase(pipeline, "--email-id", eve["fine"], "--yes")["erased"] == {}
 
 
 def test_raw_mail_that_the_results_have_forgotten(pipeline: Pipeline) -> None:
