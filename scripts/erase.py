@@ -28,7 +28,8 @@ WHY_LEFT = {
     "DANGLING": "its entry was deleted by hand: python scripts/audit.py --repair, then the same line again",
 }
 STAYS = (
-    "stays: in the mailbox, which is never changed; as a number among the processed ids, so that the mail does not come again",
+    "stays: in the mailbox, which is never changed (what was not read yet comes as ever); as a number among the processed ids, so that "
+    "the mail does not come again",
     "stays: in logs, in what your handler wrote elsewhere, in backups; in Redis' own files until they are written anew: "
     "redis-cli BGREWRITEAOF (append-only file), redis-cli BGSAVE (snapshots)",
 )

@@ -30,6 +30,7 @@ CLOCK_WARN, CLOCK_FAIL = 2.0, 60.0  # seconds
 DISK_FAIL, DISK_WARN = 100 << 20, 1 << 30  # free bytes
 INODES_FAIL, INODES_WARN = 1_000, 20_000
 DLQ_NEAR = 0.8  # part of DLQ_MAX
+SECRET = re.compile(r"PASSWORD$|SECRET$|TOKEN$|^REDIS_URL$|^SQL_URL$|^RAW_ARCHIVE$")  # variables that are, or may hold, one
 REMEDY = re.compile(r"(?:[;.:] |^)(?:run|Run): ")
 
 Needs = Mapping[str, tuple[str, ...]]  # key pattern of the ACL ("" for none) → commands
@@ -64,10 +65,9 @@ def settings(names: Collection[str] | None, mode: int, known: Collection[str]) -
     """`names`: variables set in .env, None where there is none. `mode`: of that file. `known`: all variables there are."""
     if names is None:
         return Finding("settings", "ok", "from the environment and defaults; there is no .env")
-    if mode & 0o077:
-        return Finding(
-            "settings", "warn", f".env is open to other users (mode {mode:04o}) and may hold secrets", "chmod 600 .env"
-        )
+    secret = next((name for name in sorted(names) if SECRET.search(name)), "")
+    if mode & 0o077 and secret:
+        return Finding("settings", "warn", f".env is open to other users (mode {mode:04o}) and sets {secret}", "chmod 600 .env")
     for name in sorted(set(names) - set(known)):
         near = difflib.get_close_matches(name, known, 1, cutoff=0.85)
         if near:
@@ -380,7 +380,7 @@ def daemons(seen: Sequence[Seen]) -> list[Finding]:
 
 
 def backlog(seen: Overview, limits: StreamSettings) -> list[Finding]:
-    found = [Finding("stream", "ok", f"{seen.live} unfinished mails")]
+    found = [Finding("stream", "ok", f"{seen.live} unfinished")]
     if seen.live >= limits.maxlen:
         detail = f"{seen.live} unfinished mails, intake waits at STREAM_MAXLEN={limits.maxlen}"
         found = [Finding("stream", "warn", detail, "start more workers: python worker.py")]

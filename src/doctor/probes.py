@@ -29,7 +29,7 @@ from src.auth.service_account import ServiceAccountSource
 from src.common import overview, registry
 from src.common.archive import Folder, open_archive
 from src.common.clock import Clock
-from src.common.embedded import existing_redis
+from src.common.embedded import chosen_server, existing_redis
 from src.common.exceptions import (
     ArchiveUnavailable,
     ConfigurationError,
@@ -373,8 +373,10 @@ def _markers(redis: RedisClient | None, settings: Settings, accounts: Sequence[A
 def _redis(settings: Settings) -> tuple[RedisClient | None, list[Finding]]:
     """The server that is there, and whether one is."""
     url = settings.redis.url
-    place = _place(url.get_secret_value()) if url else "the server on 127.0.0.1:6379, or the embedded one"
+    data = settings.run.data_dir
     try:
+        embedded = not url and (data / "redis.json").exists() and chosen_server(data) == "embedded"
+        place = _place(url.get_secret_value()) if url else "the embedded Valkey" if embedded else "the server on 127.0.0.1:6379"
         client = existing_redis(settings)
     except IngestionError as error:
         return None, [judge.failed("redis", str(error), "set REDIS_URL=redis://user:password@host:port/0")]
@@ -384,7 +386,10 @@ def _redis(settings: Settings) -> tuple[RedisClient | None, list[Finding]]:
         return None, [
             Finding("redis", "fail", f"{place} does not answer", "start it (systemctl start redis-server), or mend REDIS_URL")
         ]
-    return None, [Finding("redis", "ok", "none runs now: the first daemon starts the embedded Valkey")]
+    if embedded or not (data / "redis.json").exists():
+        return None, [Finding("redis", "ok", "none runs now: the first daemon starts the embedded Valkey")]
+    remedy = f"start it (systemctl start redis-server), or remove {data / 'redis.json'} to choose anew"
+    return None, [Finding("redis", "fail", f"{place}, which the first run chose, does not answer", remedy)]
 
 
 def _place(url: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from config.settings import load_settings
+from config.settings import SECTIONS, load_settings
 from src.auth.oauth2_gmail import SCOPE
 from src.common.clock import iso
 from src.common.health import Memory
@@ -58,7 +58,8 @@ CASES: list[tuple[Callable[[], Finding | list[Finding]], str, str, str]] = [
     # what is judged, its (last) status, a part of its detail, its remedy
     (lambda: judge.settings(None, 0, KNOWN), "ok", "there is no .env", ""),
     (lambda: judge.settings(["REDIS_URL", "SQL_URL"], 0o600, KNOWN), "ok", "2 set in .env", ""),
-    (lambda: judge.settings(["REDIS_URL"], 0o644, KNOWN), "warn", "open to other users (mode 0644)", "chmod 600 .env"),
+    (lambda: judge.settings(["POLL_INTERVAL"], 0o644, KNOWN), "ok", "1 set in .env", ""),
+    (lambda: judge.settings(["REDIS_URL"], 0o644, KNOWN), "warn", "(mode 0644) and sets REDIS_URL", "chmod 600 .env"),
     (
         lambda: judge.settings(["REDIS_ULR"], 0o600, KNOWN),
         "warn",
@@ -291,6 +292,14 @@ def test_the_commands_asked_for_are_those_of_the_documents(role: str) -> None:
         first, second = [*call.lower().split(), ""][:2]
         asked.add(f"{first}|{second}" if first.upper() in probes.CONTAINERS else first)
     assert asked | {"eval", "evalsha"} == given
+
+
+def test_every_secret_setting_is_known_as_one() -> None:
+    """A variable whose value is masked in errors makes .env a file for its owner alone."""
+    fields = [field for section in SECTIONS.values() for field in section.model_fields.values()]
+    secret = [str(field.alias) for field in fields if "SecretStr" in str(field.annotation)]
+    assert len(secret) >= 4
+    assert [name for name in [*secret, "WEBHOOK_SECRET", "SQL_URL"] if not judge.SECRET.search(name)] == []
 
 
 def test_pins_and_variables_are_read() -> None:
