@@ -192,6 +192,22 @@ def test_killed_half_way_the_next_one_does_the_rest(pipeline: Pipeline) -> None:
     assert erase(pipeline, "--email-id", eve["fine"], "--yes")["erased"] == {}
 
 
+def test_sigkill_in_the_midst_of_two_thousand(pipeline: Pipeline) -> None:
+    """Killed between two mails: the next run erases the rest, and nothing of any is left."""
+    with pipeline.client.pipeline(transaction=False) as pipe:
+        for number in range(1, 2001):
+            fields = {"email_id": f"gm:a@x.org:{number}", "outcome": "done", "from": SENDER, "mailbox": "INBOX"}
+            pipe.xadd(KEYS.results, {**fields, "internal_date": "2026-01-31T00:00:00Z"})
+        pipe.execute()
+    with Daemon("scripts/erase.py", "--sender", SENDER, "--yes", env=pipeline.env, tmp=pipeline.tmp) as running:
+        until(lambda: pipeline.client.xlen(KEYS.results) < 2000, DEADLINE, "the first mail is gone")
+        running.kill9()
+    erase(pipeline, "--sender", SENDER, "--yes")
+    assert mentions(pipeline, SECRET) == []
+    assert pipeline.client.scard(KEYS.processed("a@x.org", "2026-01-31")) == 2000
+    assert not pipeline.client.exists(KEYS.erasing, KEYS.copy, KEYS.results)
+
+
 def test_raw_mail_that_the_results_have_forgotten(pipeline: Pipeline) -> None:
     """--sender looks into the archive itself; raw mail that another mail needs stays, and is said to."""
     eve = from_eve(pipeline, "fine", "other")

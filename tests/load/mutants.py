@@ -224,6 +224,20 @@ GUARDS = (
         "dlq",
     ),
     lua("discard", "its steps go with it", "redis.call('DEL', KEYS[5 + (i + 2) / 5])", "", "dlq"),
+    lua("erase", "a mail in a worker's hands is left", "if pending(KEYS[1], ARGV[1], sid) then", NEVER, "erase"),
+    lua("erase", "an unfinished mail is left", "if live and ARGV[2] ~= '1' then", NEVER, "erase"),
+    lua("erase", "its id counts as processed", "redis.call('SADD', KEYS[11], ARGV[5])", "", "erase"),
+    lua("erase", "its raw mail is listed", "redis.call('SADD', KEYS[9], ref)", "", "erase"),
+    lua("erase", "the stream is listed", "if gone[3] > 0 then", NEVER, "erase"),
+    lua("erase", "the counter of its day", "redis.call('HINCRBY', KEYS[7], ARGV[6], -1) <= 0", "false", "erase"),
+    lua(
+        "rewrite",
+        "what was deleted meanwhile",
+        "if redis.call('XLEN', KEYS[2]) ~= redis.call('XLEN', KEYS[1]) then",
+        NEVER,
+        "erase",
+    ),
+    lua("rewrite", "readers keep their place", "#redis.call('XINFO', 'GROUPS', KEYS[1]) > 0", "false", "erase"),
     lua("reprocess", "what lives has no second life", "elseif location then", "elseif false then", "reprocess"),
 )
 
