@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from config.settings import load_settings
+from src.auth.oauth2_gmail import TokenSource
 from src.common.clock import SYSTEM, iso
 from src.common.keys import Keys
 from src.doctor.judge import exit_code
@@ -217,6 +218,23 @@ def test_the_mail_server(pipeline: Pipeline) -> None:
     assert found[f"mailbox {pipeline.account}/Nowhere"][2].startswith("python producer.py --list-mailboxes")
     source.hide(pipeline.account, "[Gmail]/Spam")
     assert only(look(pipeline), f"folders {pipeline.account}", "warn")[0].endswith("\\Junk")
+
+
+def test_a_token_that_ended_early_is_renewed_once(pipeline: Pipeline) -> None:
+    """The server refuses an access token that should still be good: one refresh, as the producer does it, and all is ok."""
+    TokenSource(token_file(pipeline), pipeline.account).access_token()
+    pipeline.source.expire_tokens()  # type: ignore[union-attr]  # a Sandbox
+    stored = token_file(pipeline).read_text()
+    assert wrong(look(pipeline)) == {}
+    assert token_file(pipeline).read_text() == stored
+
+
+def test_a_check_that_breaks_hides_no_other(pipeline: Pipeline) -> None:
+    """A folder where the marker file should be: that group says so, the checks around it are all there."""
+    (pipeline.tmp / "data" / "markers" / pipeline.account / "INBOX.json").mkdir(parents=True)
+    found = look(pipeline, code=1)
+    assert only(found, "markers", "fail")[0].startswith("the check itself failed: IsADirectoryError")
+    assert {"token " + pipeline.account, "redis acl", "disk data", "archive"} <= set(found)
 
 
 def test_a_stranger_on_our_port(pipeline: Pipeline) -> None:
