@@ -141,6 +141,20 @@ class Archive:
                     removed += self.store.remove_older(path, moment - REFRESH_SECONDS - older_than)
         return removed
 
+    def all(self) -> Iterator[tuple[str, bytes]]:
+        """(reference, raw mail) of everything that is kept, as it stands there. Raises ArchiveUnavailable."""
+        with self._reaching("read"):
+            for path, _ in self.store.files() if self.store.begun() else ():
+                digest = path.rpartition("/")[2]
+                if _DIGEST.fullmatch(digest) and (raw := self.store.read(path)) is not None:
+                    yield f"sha256:{digest}", raw
+
+    def remove(self, raw_ref: str, now: datetime) -> bool:
+        """Remove a mail at once; whether it is gone. One that somebody keeps anew since `now` stays. Raises ArchiveUnavailable."""
+        path = _path(raw_ref)
+        with self._reaching("removed"):
+            return self.store.begun() and (self.store.remove_older(path, now.timestamp()) or self.store.read(path) is None)
+
     @contextmanager
     def _reaching(self, what: str) -> Iterator[None]:
         try:

@@ -92,6 +92,21 @@ class Keys:
         """Set of the email_ids that a run of `scripts/reprocess.py` brought back."""
         return f"{self.stream}:run:{name}"
 
+    @cached_property
+    def runs_pattern(self) -> str:
+        """For SCAN: the sets of all runs."""
+        return f"{escaped(self.stream)}:run:*"
+
+    @cached_property
+    def erasing(self) -> str:
+        """Set of what `scripts/erase.py` has still to do: references of raw mail to remove, keys of streams to write anew."""
+        return f"{self.stream}:erasing"
+
+    @cached_property
+    def copy(self) -> str:
+        """Stream that `scripts/erase.py` writes anew, until it takes the place of the old one."""
+        return f"{self.stream}:erasing:copy"
+
     def processed(self, account: str, internal_date: str) -> str:
         """Set of the members (see `src.mail.record.member_of`) of finished mail: one per account and INTERNALDATE day.
 

@@ -1,0 +1,151 @@
+"""find, erase, rewrite: every verdict, with all that stands in Redis before and after."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from src.worker import erase
+from src.worker.erase import Traces, find, of_mail, of_sender
+from tests.support.fake import DAY, DONE, GROUP, Content, Store, present
+
+M1, M2 = "gm:a:1", "gm:a:2"
+MEMBER = {DONE: {"1"}}
+WAITS: Content = {
+    "stream": {"1-0": M1},
+    "index": {M1: "S:1-0"},
+    "tries": {M1: "1|1|5000"},
+    "due": {f"1-0|{M1}"},
+    "open": {DAY: "1"},
+}
+HELD: Content = {
+    "stream": {"1-0": M1},
+    "pending": {"1-0": ("w1", 1)},
+    "index": {M1: "S:1-0"},
+    "starts": {M1: "0|1-0:1"},
+    "open": {DAY: "1"},
+}
+DEAD: Content = {"dlq": [(M1, "attempts", "8"), (M2, "attempts", "8")], "index": {M1: "D:1-0", M2: "D:2-0"}, "open": {DAY: "2"}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mail that is to be erased. `changes`: the parts that are different afterwards."""
+
+    proves: str
+    before: Content
+    answer: str
+    went: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
+    unfinished: bool = False
+
+
+CASES = [
+    Case("a mail in a worker's hands is left, whatever is asked for", HELD, "HELD", unfinished=True),
+    Case("an unfinished mail is left", WAITS, "LIVE"),
+    Case(
+        "an unfinished mail that nobody holds leaves everything when that is asked for, and its id counts as processed",
+        WAITS,
+        "OK",
+        {"stream entries": 1},
+        {"stream": None, "index": None, "tries": None, "due": None, "open": None, "processed": MEMBER},
+        unfinished=True,
+    ),
+    Case(
+        "a dead letter goes, and no other; the counter of its day follows",
+        DEAD,
+        "OK",
+        {"dead letters": 1},
+        {"dlq": [(M2, "attempts", "8")], "index": {M2: "D:2-0"}, "open": {DAY: "1"}, "processed": MEMBER},
+    ),
+    Case(
+        "of a mail whose entry someone deleted nothing tells the day: the audit comes first", {"index": {M1: "S:1-0"}}, "DANGLING"
+    ),
+    Case("of a done mail that nothing else tells of, nothing changes", {"processed": MEMBER}, "OK"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.proves)
+def test_erase(store: Store, case: Case) -> None:
+    """What the case says; called again it changes nothing more."""
+    store.put(case.before)
+    mail = find(store.redis, store.keys, of_mail(M1)).get(M1, Traces(M1))
+    answer = erase.erase(store.redis, store.keys, GROUP, mail, [], unfinished=case.unfinished, processed_days=1)
+    assert answer == (case.answer, Counter(case.went))
+    assert store.content() == present({**case.before, **case.changes})
+    again = erase.erase(store.redis, store.keys, GROUP, mail, [], unfinished=case.unfinished, processed_days=1)
+    assert again == (case.answer, Counter())
+    assert store.content() == present({**case.before, **case.changes})
+
+
+def test_what_a_mail_leaves_beside(store: Store) -> None:
+    """Results, steps, mentions in runs go; where its raw mail is stands in the list of what is left to do, with the stream to rewrite."""
+    redis, keys = store.redis, store.keys
+    for email_id in (M1, M2):
+        facts = (
+            "mailbox",
+            "INBOX",
+            "internal_date",
+            "2026-01-31T00:00:00Z",
+            "raw_ref",
+            f"sha256:{email_id}",
+            "from",
+            f"x{email_id}",
+        )
+        redis.call("XADD", keys.results, "*", "email_id", email_id, "outcome", "done", "result", "{}", *facts)
+    redis.call("HSET", keys.steps(M1), "s", "1")
+    redis.call("SADD", keys.run("r"), M1, M2)
+    assert erase.runs(redis, keys) == [keys.run("r")]
+    assert set(find(redis, keys, of_sender(f"X{M1}"))) == {M1}
+    [mail] = find(redis, keys, of_mail(M1)).values()
+    verdict, went = erase.erase(redis, keys, GROUP, mail, [keys.run("r")], unfinished=False, processed_days=1)
+    assert (verdict, went) == ("OK", Counter({"results": 1, "stored steps": 1, "mentions in reprocess runs": 1}))
+    assert store.content() == {"results": [(M2, "done", "{}")], "processed": MEMBER}
+    assert redis.call("SMEMBERS", keys.run("r")) in ([M2], {M2})
+    assert set(redis.call("SMEMBERS", keys.erasing)) == {f"sha256:{M1}", keys.results}
+    assert redis.call("EXISTS", keys.steps(M1)) == 0
+
+
+def test_a_stream_is_written_anew(store: Store) -> None:
+    """The same entries under the same ids, over several pages; a new entry comes after them; nothing is left to do."""
+    redis, keys = store.redis, store.keys
+    for number in range(1, 251):
+        redis.call("XADD", keys.results, f"{number}-0", "email_id", M1, "outcome", str(number), "result", "{}")
+    redis.call("XDEL", keys.results, "7-0")
+    redis.call("SADD", keys.erasing, keys.results)
+    before = redis.entries(keys.results, count=1000)
+    assert erase.rewrite(redis, keys) == []
+    assert redis.entries(keys.results, count=1000) == before
+    assert len(before) == 249
+    assert redis.call("EXISTS", keys.erasing, keys.copy) == 0
+    redis.call("XADD", keys.results, "*", "email_id", M2)
+    assert redis.length(keys.results) == 250
+
+
+def test_a_stream_with_readers_is_left(store: Store) -> None:
+    """Consumer groups of somebody's own would lose their place: the stream stays as it is, and stays listed."""
+    redis, keys = store.redis, store.keys
+    redis.call("XADD", keys.results, "1-0", "email_id", M1)
+    redis.call("XGROUP", "CREATE", keys.results, "theirs", "0")
+    redis.call("SADD", keys.erasing, keys.results)
+    assert erase.rewrite(redis, keys) == [keys.results]
+    assert set(redis.call("SMEMBERS", keys.erasing)) == {keys.results}
+    assert len(redis.call("XINFO", "GROUPS", keys.results)) == 1
+
+
+def test_what_is_deleted_while_it_is_written_stays_deleted(store: Store) -> None:
+    """A letter that is replayed between two pages does not come back with the copy; a cut at the old end is fine."""
+    redis, keys = store.redis, store.keys
+    for number in range(1, 6):
+        redis.call("XADD", keys.dlq, f"{number}-0", "email_id", M1)
+    assert redis.run("rewrite", [keys.dlq, keys.copy], ["0-0", 4]) == ["NEXT", "4-0"]
+    redis.call("XDEL", keys.dlq, "3-0")
+    assert redis.run("rewrite", [keys.dlq, keys.copy], ["4-0", 4]) == ["AGAIN"]
+    assert [entry for entry, _ in redis.entries(keys.dlq, count=9)] == ["1-0", "2-0", "4-0", "5-0"]
+    assert redis.run("rewrite", [keys.dlq, keys.copy], ["0-0", 3]) == ["NEXT", "4-0"]
+    redis.call("XDEL", keys.dlq, "1-0")
+    assert redis.run("rewrite", [keys.dlq, keys.copy], ["4-0", 3]) == ["DONE"]
+    assert [entry for entry, _ in redis.entries(keys.dlq, count=9)] == ["2-0", "4-0", "5-0"]
