@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from src.sandbox import protocol
 from src.sandbox.faults import Faults
@@ -175,6 +176,12 @@ class _Wire:
             wake.recv(4096)
         return self._socket.fileno() in ready
 
+    def hear_nothing(self) -> NoReturn:
+        """Say nothing any more; what the client says is lost, until it hangs up."""
+        while True:
+            self._receive()
+            self._in.clear()
+
     def say(self, line: str) -> None:
         self.write(line.encode("utf-8", "surrogateescape") + b"\r\n")
 
@@ -309,8 +316,7 @@ class Session:
 
     def _fall_silent(self) -> None:
         if self._account and self._faults.take("half_open") is not None:
-            self._server.stopping.wait()
-            raise Hangup
+            self._wire.hear_nothing()
 
     def _end_with_token(self) -> None:
         if self._login and self._server.tokens.over(self._login):

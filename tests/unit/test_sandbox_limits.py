@@ -133,6 +133,17 @@ def test_half_open_says_nothing_and_stays(sandbox: Sandbox) -> None:
     client.shutdown()
 
 
+def test_a_half_open_session_ends_with_its_client(sandbox: Sandbox) -> None:
+    """Sessions whose client gave up no longer count among those that an account may have: 15."""
+    for _ in range(45):
+        client = logged_in(sandbox)
+        sandbox.faults.half_open()
+        client.socket().sendall(b"x NOOP\r\n")
+        until(lambda: not sandbox.faults.state(), 10, "the fault strikes")
+        client.shutdown()
+    logged_in(sandbox).logout()
+
+
 def test_half_open_while_idling(sandbox: Sandbox) -> None:
     """Neither news nor the end of IDLE are heard any more."""
     client = logged_in(sandbox)
