@@ -427,7 +427,8 @@ def main() -> int:
         logging_config.configure(settings.run.log_format, "ERROR")
         if given.run in (start, scale, stop):
             shutdown.on_signals()
-        return given.run(Desk(command, settings, Folder(settings.run.data_dir), shutdown), given)
+        code: int = given.run(Desk(command, settings, Folder(settings.run.data_dir), shutdown), given)
+        return code
     except (SettingsError, IngestionError, Refused) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 1

@@ -117,8 +117,8 @@ class Mailbox:
 
     def state(self) -> tuple[str, str]:
         """(state, why): STARTING; CONNECTED; PAUSED (nothing may be taken in, or somebody said so); BACKFILL_PAUSED (old mail waits, new
-        mail does not); REREADING; STANDBY; DISCONNECTED; OVERQUOTA, THROTTLED, CONNECTIONS (a rest that the server asked for); REAUTH_REQUIRED;
-        MISCONFIGURED; STOPPED."""
+        mail does not); REREADING; STANDBY; DISCONNECTED; OVERQUOTA, THROTTLED, CONNECTIONS (a rest that the server asked for);
+        REAUTH_REQUIRED; MISCONFIGURED; STOPPED."""
         reader, full = self.reader, self.pause() or self.gate()
         if self.status == "STANDBY":
             return "STANDBY", "another producer reads it"
