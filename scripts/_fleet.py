@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 import _path  # noqa: F401  # before the project's own modules
-from _processes import Folder, Process
+from _processes import Folder, Process, life_of
 from config.settings import Settings
 from src.common.clock import Clock
 from src.common.embedded import existing_redis
@@ -33,7 +33,7 @@ LIVE: tuple[State, ...] = ("ok", "degraded", "not ready", "stuck", "elsewhere", 
 class Daemon:
     """`name`: that of its pid file, else its registered one. `why`: what is wrong, one sentence each. `page`: its /status, {} if not had.
 
-    `state`: elsewhere (on another machine, its heartbeat is seen), starting (not registered), silent (no heartbeat: killed or cut off),
+    `state`: elsewhere (on another machine, its heartbeat is seen), starting (not registered), silent (killed or cut off),
     ended (it has a pid file and no process). `last_sign`: of a silent one, seconds since 1970.
     """
 
@@ -57,6 +57,14 @@ class Fleet:
     redis: str = ""
     overview: Overview | None = None
     paused: Fields = field(default_factory=dict)
+
+    @property
+    def present(self) -> list[Daemon]:
+        """Without those that were killed and replaced."""
+        return [daemon for daemon in self.daemons if daemon.state != "silent" or not self._is_replaced(daemon)]
+
+    def _is_replaced(self, daemon: Daemon) -> bool:
+        return any(other.started > daemon.last_sign for other in self.live(daemon.role))
 
     def live(self, role: str) -> list[Daemon]:
         return [daemon for daemon in self.daemons if daemon.role == role and daemon.state in LIVE]
@@ -146,6 +154,8 @@ def _asked(entry: Seen, here: str, process: Process | None, clock: Clock) -> Dae
         return found("ended")
     if daemon.host != here:
         return found("elsewhere") if entry.alive else found("silent")
+    if not life_of(daemon.pid)[0]:
+        return found("silent")
     code, status = page(daemon.address, "/status")
     if code != 200 or status.get("name") != daemon.name:
         return found("stuck", f"{daemon.address} does not answer") if process or entry.alive else found("silent")
@@ -170,7 +180,7 @@ def troubles(fleet: Fleet) -> list[Trouble]:
         if not fleet.live(role):
             found.append(Trouble(2, f"no {role} runs", remedy))
     told: dict[tuple[int, str, str], list[str]] = {}
-    for daemon in fleet.daemons:
+    for daemon in fleet.present:
         for level, text, remedy in _faults(daemon, fleet):
             told.setdefault((level, text, remedy), []).append(daemon.name)
     found += [Trouble(level, f"{', '.join(names)}: {text}", remedy) for (level, text, remedy), names in told.items()]
@@ -186,8 +196,7 @@ def _faults(daemon: Daemon, fleet: Fleet) -> list[tuple[int, str, str]]:
     if daemon.state == "ended":
         return [(1, "ended without stop.sh", f"./scripts/logs.sh {daemon.name}, then start it again")]
     if daemon.state == "silent":
-        replaced = any(other.started > daemon.last_sign for other in fleet.live(daemon.role))
-        return [] if replaced else [(1, f"no sign of life from {daemon.host}, pid {daemon.pid}: killed, or cut off", "")]
+        return [(1, f"no sign of life from {daemon.host}, pid {daemon.pid}: killed, or cut off", "")]
     if daemon.state == "starting" and not fleet.redis:
         return []  # that Redis is away is said already
     flows = any(other.state != "not ready" for other in fleet.live(daemon.role))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import _path  # noqa: F401  # before the project's own modules
@@ -22,11 +22,11 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Process:
-    """`name`: producer, worker-3. `life`: what tells this process from a later one of the same number. `args`: it was started with."""
+    """`name`: producer, worker-3. `began`: when, as the system tells it, "" if it ended at once. `args`: it was started with."""
 
     name: str
     pid: int
-    life: str
+    began: str
     args: tuple[str, ...]
 
     @property
@@ -39,21 +39,38 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        return bool(self.life) and life_of(self.pid) == self.life
+        """The number alone proves nothing: it may be another program's by now."""
+        began, command = life_of(self.pid)
+        return began != "" and began == self.began and (not command or script_of(self.name) in command)
 
 
-def life_of(pid: int) -> str:
-    """When the process began, and its command line; "" where there is none, or only its remains."""
+def script_of(name: str) -> str:
+    return f"{name.partition('-')[0]}.py"
+
+
+def life_of(pid: int) -> tuple[str, str]:
+    """(when the process began, its command line); "" for both where there is none, or only its remains. A process that just began has
+    no command line yet."""
     if sys.platform == "linux":
         try:
             facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             command = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
         except OSError:
-            return ""
-        return "" if facts[0] in "ZX" else f"{facts[19]} {command}"
+            return "", ""
+        return ("", "") if facts[0] in "ZX" else (facts[19], command)
     told = subprocess.run(["ps", "-ww", "-p", str(pid), "-o", "stat=,lstart=,command="], capture_output=True, text=True)
-    state, _, rest = told.stdout.strip().partition(" ")
-    return "" if state.startswith("Z") else rest.strip()
+    words = told.stdout.split()  # S Tue Nov 24 10:00:12 2026 python producer.py
+    return ("", "") if len(words) < 6 or words[0].startswith("Z") else (" ".join(words[1:6]), " ".join(words[6:]))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A daemon that was just started, our child. `offset`: where in `log` its own lines begin."""
+
+    process: Process
+    child: subprocess.Popen[bytes]
+    log: Path
+    offset: int
 
 
 class Folder:
@@ -68,7 +85,8 @@ class Folder:
         for path in self.run.glob("*.pid"):
             try:
                 pid, facts = path.read_text().split("\n", 1)
-                found.append(Process(path.stem, int(pid), **{**json.loads(facts), "args": tuple(json.loads(facts)["args"])}))
+                told = json.loads(facts)
+                found.append(Process(path.stem, int(pid), told["began"], tuple(told["args"])))
             except (ValueError, KeyError, TypeError, OSError):
                 found.append(Process(path.stem, 0, "", ()))
         return sorted((process for process in found if process.role in ("producer", "worker")), key=_order)
@@ -76,20 +94,20 @@ class Folder:
     def log_of(self, name: str) -> Path:
         return self.logs / f"{name}.log"
 
-    def launch(self, name: str, args: Sequence[str]) -> tuple[Process, subprocess.Popen[bytes]]:
+    def launch(self, name: str, args: Sequence[str]) -> Launched:
         """Start `producer.py` or `worker.py` in a session of its own, what it writes appended to its log."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        script = f"{name.partition('-')[0]}.py"
         with self.log_of(name).open("ab") as log:
+            offset = log.tell()
             child = subprocess.Popen(
-                [sys.executable, script, *args], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, script_of(name), *args], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        process = Process(name, child.pid, life_of(child.pid), tuple(args))
-        facts = {key: value for key, value in asdict(process).items() if key in ("life", "args")}
+        process = Process(name, child.pid, life_of(child.pid)[0], tuple(args))
+        facts = {"began": process.began, "args": args}
         written = self.run / f"{name}.tmp"
         written.write_text(f"{child.pid}\n{json.dumps(facts)}\n")
         written.replace(self.run / f"{name}.pid")
-        return process, child
+        return Launched(process, child, self.log_of(name), offset)
 
     def forget(self, process: Process) -> None:
         (self.run / f"{process.name}.pid").unlink(missing_ok=True)

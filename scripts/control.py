@@ -9,12 +9,11 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from subprocess import Popen
 
 import _path  # noqa: F401  # before the project's own modules
 from _bulk import positive
 from _fleet import Daemon, Fleet, addresses, page, survey, troubles
-from _processes import Folder, Process, Refused
+from _processes import Folder, Launched, Process, Refused
 from config.accounts import load_accounts
 from config.settings import Settings, SettingsError, load_settings
 from src.common import logging_config, pauses
@@ -98,37 +97,34 @@ def _cleared(desk: Desk) -> list[Process]:
     return alive
 
 
-def _until_ready(desk: Desk, started: Sequence[tuple[Process, Popen[bytes]]], seconds: float) -> int:
+def _until_ready(desk: Desk, launched: Sequence[Launched], seconds: float) -> int:
     """Wait for /ready of each; 0 if all are. One that is held up by hand is as ready as can be."""
     began = SYSTEM.monotonic()
-    waiting, failed = list(started), 0
-    why: dict[int, str] = {}
-    while waiting and not desk.shutdown.wait(LOOK_SECONDS):
+    waiting, ready = list(launched), 0
+    why: dict[str, str] = {}
+    while waiting and SYSTEM.monotonic() - began < seconds and not desk.shutdown.wait(LOOK_SECONDS):
         known, away = _registered(desk.settings)
-        for process, child in list(waiting):
-            code = child.poll()
-            ready, why[process.pid] = (
-                (False, f"ended with exit code {code}") if code is not None else _readiness(process, known, away)
-            )
+        for new in list(waiting):
+            process, code = new.process, new.child.poll()
             if code is not None:
-                desk.say(f"{process.name} {why[process.pid]}{_last_lines(desk, process)}", error=True)
+                desk.say(f"{process.name} ended with exit code {code}{_last_lines(new)}", error=True)
                 desk.folder.forget(process)
-                failed += 1
-            elif ready:
-                took = SYSTEM.monotonic() - began
+                waiting.remove(new)
+                continue
+            is_ready, why[process.name] = _readiness(process, known, away)
+            if is_ready:
+                took = f"ready after {SYSTEM.monotonic() - began:.1f} s"
                 address = known[process.pid].address
-                said = f"up, {why[process.pid]}" if why[process.pid] else f"ready after {took:.1f} s"
-                desk.say(f"{process.name} {said}; pid {process.pid}, {address}, {desk.folder.log_of(process.name)}")
-            if code is not None or ready:
-                waiting.remove((process, child))
-        if SYSTEM.monotonic() - began > seconds:
-            break
-    for process, _ in waiting:
-        reason = why.get(process.pid, "interrupted")
-        desk.say(f"{process.name} is not ready: {reason}{_last_lines(desk, process)}", error=True)
-    if not waiting and not failed:
+                desk.say(f"{process.name} {why[process.name] or took}; pid {process.pid}, {address}, log {new.log}")
+                waiting.remove(new)
+                ready += 1
+    for new in waiting:
+        name = new.process.name
+        desk.say(f"{name} is not ready: {why.get(name, 'nobody waited for it')}{_last_lines(new)}", error=True)
+    if ready == len(launched):
         return 0
-    desk.say("what runs goes on and may get ready yet: ./scripts/status.sh tells, ./scripts/stop.sh ends it", error=True)
+    if ready or waiting:
+        desk.say("what runs goes on and may get ready yet: ./scripts/status.sh tells, ./scripts/stop.sh ends it", error=True)
     return 1
 
 
@@ -154,11 +150,12 @@ def _readiness(process: Process, known: dict[int, Registration], away: str) -> t
     return code == 200 or held, "; ".join(reasons)
 
 
-def _last_lines(desk: Desk, process: Process) -> str:
-    path = desk.folder.log_of(process.name)
-    with path.open(errors="replace") as log:
-        lines = deque(log, LAST_LINES)
-    return "".join(f"\n    {line.rstrip()}" for line in lines) + f"\n    ({path})"
+def _last_lines(new: Launched) -> str:
+    """What it wrote since its start, the end of it."""
+    with new.log.open("rb") as log:
+        log.seek(new.offset)
+        lines = deque((line.decode(errors="replace") for line in log), LAST_LINES)
+    return "".join(f"\n    {line.rstrip()}" for line in lines) + f"\n    ({new.log})"
 
 
 # stop
@@ -228,16 +225,17 @@ def status(desk: Desk, given: argparse.Namespace) -> int:
     fleet = survey(desk.settings, desk.folder, SYSTEM)
     found = troubles(fleet)
     if not fleet.live("producer") and not fleet.live("worker"):
-        print(f"nothing runs\n  redis     {fleet.redis or 'does not answer'}{_stream(fleet)}\n  to start  ./scripts/start.sh")
+        known = f"redis   {fleet.redis}{_stream(fleet)}\n" if fleet.redis else ""
+        print(f"{known}nothing runs; to start: ./scripts/start.sh")
         return STATUS_CODES["down"]
-    _table(("DAEMON", "STATE", "PID", "UP", "ENDPOINT", "WORK"), [_row(daemon) for daemon in fleet.daemons])
+    _table(("DAEMON", "STATE", "PID", "UP", "ENDPOINT", "WORK"), [_row(daemon) for daemon in fleet.present])
     boxes = [box for daemon in fleet.live("producer") for box in daemon.page.get("mailboxes", [])]
     if boxes:
         print()
         _table(("MAILBOX", "STATE", "LAST CONTACT", "TO READ", "PUBLISHED", "UNACCOUNTED"), [_mailbox_row(box) for box in boxes])
     print(f"\nredis   {fleet.redis or 'does not answer'}{_stream(fleet)}")
     for field, value in sorted(fleet.paused.items()):
-        print(f"paused  {pauses.named(field)}: {pauses.told(value)}; go on: ./scripts/resume.sh {pauses.named(field)}")
+        print(f"paused  {_target(field)}: {pauses.told(value)}")
     print("\nall well" if not found else "\nto do")
     for trouble in found:
         print(f"  {'!' if trouble.level == 2 else '-'} {trouble.text}" + (f"\n      {trouble.remedy}" if trouble.remedy else ""))
@@ -272,6 +270,8 @@ def _stream(fleet: Fleet) -> str:
     numbers = fleet.overview
     if numbers is None:
         return ""
+    if not numbers.live:
+        return f"\nstream  nothing unfinished; {numbers.dead} dead letters"
     return (
         f"\nstream  {numbers.live} unfinished: {numbers.unread} unread, {numbers.in_flight} in flight, {numbers.waiting} wait for their "
         f"next attempt; the oldest for {_span(numbers.oldest)}; {numbers.dead} dead letters"
@@ -329,16 +329,14 @@ def pause(desk: Desk, given: argparse.Namespace) -> int:
     def act(call: Callable[..., object], key: str, held: dict[str, str], field: str) -> str:
         since, _, reason = held.get(field, iso(SYSTEM.wall())).partition("|")
         call("HSET", key, field, f"{since}|{given.reason or reason}")
-        return (
-            "is paused already" if field in held else "paused: within two seconds nothing new is begun, what is in flight goes on"
-        )
+        return "paused already" if field in held else "paused; within two seconds nothing new is begun, what is in flight goes on"
 
     return _change(desk, given, act)
 
 
 def resume(desk: Desk, given: argparse.Namespace) -> int:
     def act(call: Callable[..., object], key: str, held: dict[str, str], field: str) -> str:
-        return "goes on" if call("HDEL", key, field) else "was not paused"
+        return "resumed" if call("HDEL", key, field) else "was not paused"
 
     return _change(desk, given, act)
 
@@ -350,7 +348,7 @@ def _change(desk: Desk, given: argparse.Namespace, act: Callable[[Callable[..., 
     with open_redis(desk.settings, Shutdown()) as redis:
         held = redis.hash(keys.paused)
         for field in targets:
-            desk.say(f"{_target(field)} {act(redis.call, keys.paused, held, field)}")
+            desk.say(f"{_target(field)}: {act(redis.call, keys.paused, held, field)}")
         left = redis.hash(keys.paused)
     for field, value in sorted(left.items()):
         print(f"{_target(field)}: {pauses.told(value)}")
