@@ -85,20 +85,20 @@ def survey(settings: Settings, folder: Folder, clock: Clock) -> Fleet:
     try:
         redis = existing_redis(settings)
         if redis is None:
-            return Fleet([_of_process(process, None, "Redis does not answer") for process in processes])
+            return Fleet([_of_process(process, "Redis does not answer") for process in processes])
         with redis:
             keys = Keys(settings.stream.name)
             seen = registered(redis, keys)
             overview, paused = look(redis, keys, settings.stream.group), redis.hash(keys.paused)
             title = _title(redis)
     except Transient as error:
-        return Fleet([_of_process(process, None, str(error)) for process in processes])
+        return Fleet([_of_process(process, str(error)) for process in processes])
     here = socket.gethostname()
     mine = {process.pid: process for process in processes}
     daemons = [
         _asked(entry, here, mine.pop(entry.daemon.pid, None) if entry.daemon.host == here else None, clock) for entry in seen
     ]
-    daemons += [_of_process(process, None, "not registered in Redis yet") for process in mine.values()]
+    daemons += [_of_process(process, "not registered in Redis yet") for process in mine.values()]
     return Fleet(sorted(daemons, key=lambda daemon: (daemon.role, len(daemon.name), daemon.name)), title, overview, paused)
 
 
@@ -134,10 +134,10 @@ def _title(redis: RedisClient) -> str:
     return f"{redis.version() or 'answers'}{used}"
 
 
-def _of_process(process: Process, state: State | None, why: str) -> Daemon:
+def _of_process(process: Process, why: str) -> Daemon:
     """A daemon of which nothing is known but its pid file."""
-    found: State = state or ("starting" if process.alive else "ended")
-    return Daemon(process.name, process.role, found, socket.gethostname(), process.pid, why=(why,) if found == "starting" else ())
+    state: State = "starting" if process.alive else "ended"
+    return Daemon(process.name, process.role, state, socket.gethostname(), process.pid, why=(why,) if process.alive else ())
 
 
 def _asked(entry: Seen, here: str, process: Process | None, clock: Clock) -> Daemon:
