@@ -23,7 +23,7 @@ from src.common.pauses import BY_HAND
 from src.common.redis_client import Fields, RedisClient
 from src.common.registry import Registration, Seen, registered
 
-ANSWER_SECONDS = 3.0
+ANSWER_SECONDS = 5.0
 
 State = Literal["ok", "degraded", "not ready", "stuck", "elsewhere", "starting", "silent", "ended"]
 LIVE: tuple[State, ...] = ("ok", "degraded", "not ready", "stuck", "elsewhere", "starting")

@@ -182,7 +182,7 @@ def _end(desk: Desk, processes: Sequence[Process], *, kill: bool, timeout: float
         if SYSTEM.monotonic() - began > next_word:
             next_word += SAY_SECONDS
             for process in left:
-                desk.say(f"waiting for {process.name} (pid {process.pid}){_at_work(known.get(process.pid))}")
+                desk.say(f"waiting for {process.name} (pid {process.pid}{_at_work(known.get(process.pid))})")
         if desk.shutdown.wait(LOOK_SECONDS):
             break
     for process in processes:
@@ -200,7 +200,8 @@ def _end(desk: Desk, processes: Sequence[Process], *, kill: bool, timeout: float
             desk.folder.forget(process)
         return 0
     for process in left:
-        desk.say(f"{process.name} (pid {process.pid}) still runs; to end it at once: ./scripts/stop.sh --kill", error=True)
+        held = _at_work(known.get(process.pid))
+        desk.say(f"{process.name} still runs (pid {process.pid}{held}); to end it at once: ./scripts/stop.sh --kill", error=True)
     return 1 if left else 0
 
 
@@ -215,7 +216,7 @@ def _at_work(registration: Registration | None) -> str:
     status = page(registration.address, "/status")[1] if registration else {}
     if not status.get("in_flight"):
         return ""
-    return f": {status['in_flight']} mails in flight, the oldest for {status['oldest_in_flight_seconds']:.0f} s"
+    return f", {status['in_flight']} in flight, the oldest for {status['oldest_in_flight_seconds']:.0f} s"
 
 
 # status and health
