@@ -84,4 +84,6 @@ def test_a_process_is_told_from_another_of_its_number(tmp_path: Path) -> None:
         assert not processes.Process("worker-1", child.pid, began + "0", ()).alive
         assert not processes.Process("worker-1", child.pid, "", ()).alive
         child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert processes.life_of(child.pid) == ("", ""), "a zombie is nobody"
     assert processes.life_of(child.pid) == ("", "")
