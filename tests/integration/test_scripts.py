@@ -55,10 +55,12 @@ class Installed:
     def run(self, script: str, *args: str, code: int = 0, **env: str) -> str:
         """What it wrote; AssertionError for another exit code than `code`."""
         command = [self.root / "scripts" / script, *args]
-        done = subprocess.run(command, env=self.env | env, cwd="/", capture_output=True, text=True, timeout=DEADLINE)
-        for pid in set(self.pids().values()) - self.seen:
-            self.seen.add(pid)
-            adopt(pid)
+        try:
+            done = subprocess.run(command, env=self.env | env, cwd="/", capture_output=True, text=True, timeout=DEADLINE)
+        finally:
+            for pid in set(self.pids().values()) - self.seen:
+                self.seen.add(pid)
+                adopt(pid)
         assert done.returncode == code, f"{script} {args}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
