@@ -35,6 +35,21 @@ fingerprint() {
   cat "$@"
 }
 
+# control usage argument…: scripts/control.py does what the script is called after; --help is answered before anything is set up.
+control() {
+  local usage=$1 argument
+  shift
+  for argument in "$@"; do
+    case $argument in
+      --) break ;;
+      -h | --help) echo "$usage"; exit 0 ;;
+    esac
+  done
+  setup_python runtime
+  argument=${0##*/}
+  exec .venv/bin/python scripts/control.py "${argument%.sh}" "$@"
+}
+
 # The first interpreter that is new enough.
 find_python() {
   local name

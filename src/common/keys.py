@@ -88,6 +88,11 @@ class Keys:
         """Hash name → `<ms of the last heartbeat>|<JSON>`: the daemons at work (`src.common.registry`)."""
         return f"{self.stream}:daemons"
 
+    @cached_property
+    def paused(self) -> str:
+        """Hash `workers`, `<account>|`, `<account>|<mailbox>` or `|<mailbox>` → `<since>|<reason>` (`src.common.pauses`)."""
+        return f"{self.stream}:paused"
+
     def run(self, name: str) -> str:
         """Set of the email_ids that a run of `scripts/reprocess.py` brought back."""
         return f"{self.stream}:run:{name}"

@@ -9,18 +9,19 @@ import logging
 import threading
 from dataclasses import dataclass
 
-from src.common import registry
+from src.common import pauses, registry
 from src.common.clock import Clock
 from src.common.exceptions import BreakerOpen, ConfigurationError, RedisFull, ScriptRefused, Transient
 from src.common.health import Beats, Memory, is_full
 from src.common.keys import Keys
-from src.common.redis_client import RedisClient
+from src.common.redis_client import Fields, RedisClient
 from src.common.registry import HEARTBEAT_SECONDS, Registration
 from src.common.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
+NOT_ASKED = "Redis did not say yet whether it is paused by hand"
 ANSWER_SECONDS = 5.0  # without an answer for so long Redis counts as away, also before the call has timed out
 
 
@@ -83,6 +84,7 @@ class Watch:
         self._server = ""
         self._full = False
         self._next_beat = 0.0
+        self._paused: Fields | None = None
         self._refused = ""  # why Redis does not take our heartbeat
         self._evicts = ""  # what is wrong with its policy
         self._weighed = False
@@ -131,6 +133,10 @@ class Watch:
         refused = f"Redis refuses to be written to: {self._refused}" if self._refused and not self.away else ""
         return [text for text in (f"Redis: {self.away}" if self.away else "", self.full, self._evicts, refused) if text]
 
+    def paused(self, *fields: str) -> str:
+        """Why somebody holds up what `fields` of `Keys.paused` name, "" if nobody does; not known before Redis answered once."""
+        return NOT_ASKED if self._paused is None else pauses.why(self._paused, fields)
+
     def server(self) -> dict[str, object]:
         """For /status."""
         memory = self._memory
@@ -159,6 +165,7 @@ class Watch:
             log.debug("not taken out of the registry: %s", error)
 
     def _ask(self) -> None:
+        self._paused = self._redis.hash(self._keys.paused)
         self._weigh(self._redis.memory())
         now = self._clock.monotonic()
         if now < self._next_beat:

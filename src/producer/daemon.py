@@ -19,7 +19,7 @@ from config.settings import MailSettings, Settings
 from src import VERSION
 from src.auth.credentials import Credentials, credentials_of
 from src.auth.oauth2_gmail import first_existing, read_token, token_files
-from src.common import tracing
+from src.common import pauses, tracing
 from src.common.archive import open_archive, references
 from src.common.circuit_breaker import Breakers
 from src.common.clock import Clock, iso
@@ -138,6 +138,7 @@ class Producer:
                 breaker=breakers.get(f"IMAP {server.host}:{server.port}", counts=is_down),
                 archive=self.archive,
                 gate=lambda: self.watch.full if self.watch else "",
+                pause=lambda: self._paused(pauses.fields_of(account, name)),
                 checkup=checkup,
             )
 
@@ -220,6 +221,10 @@ class Producer:
         if held:
             log.info("%s: another producer reads it, and looks again at all mail since %s", mailbox.title, self._asked_for)
         return held
+
+    def _paused(self, fields: Sequence[str]) -> str:
+        """Why somebody holds up what `fields` name; under --once Redis is asked."""
+        return self.watch.paused(*fields) if self.watch else pauses.why(self.redis.hash(self.keys.paused), fields)
 
     def _registration(self, address: str) -> Registration:
         host, pid = socket.gethostname(), os.getpid()

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 REAUTH_SECONDS = 3600.0  # what was refused is tried again so much later, unless its file changes
 MISCONFIGURED_SECONDS = 60.0
 LOOK_SECONDS = 2.0  # between two looks at that file
+PAUSE_SECONDS = 1.0  # between two looks whether somebody resumed it
 BACKOFF_CAP = 300.0  # longest wait between two sessions that break off
 SHORT_SECONDS = 60.0  # a session that broke off sooner counts as one that breaks off again and again
 
@@ -68,9 +69,9 @@ def is_down(error: Exception) -> bool:
 @dataclass
 class Mailbox:
     """`connect`: access token or password → a session, not yet entered. `new_id`: a fresh random id. `breaker`: of the IMAP server,
-    shared by the mailboxes on it. `gate`: why nothing may be taken in now, "" if it may. `checkup`: see `Reader`. `status` and `why`: see
-    `state`. `owns`: we hold its lease, as far as we know: it is to be renewed. `broken`: sessions that broke off soon, one after the
-    other."""
+    shared by the mailboxes on it. `gate`: why nothing may be taken in now, "" if it may. `pause`: why somebody holds this mailbox up,
+    "" if nobody does. `checkup`: see `Reader`. `status` and `why`: see `state`. `owns`: we hold its lease, as far as we know: it is to
+    be renewed. `broken`: sessions that broke off soon, one after the other."""
 
     settings: Settings
     account: str
@@ -86,6 +87,7 @@ class Mailbox:
     breaker: CircuitBreaker
     archive: Archive | None = None
     gate: Callable[[], str] = lambda: ""
+    pause: Callable[[], str] = lambda: ""
     checkup: CheckupCall = no_checkup
     status: str = "STARTING"
     why: str = ""
@@ -107,17 +109,17 @@ class Mailbox:
             self.pulse,
             Progress(self.title, self.clock),
             self.archive,
-            self.gate,
+            self._gate,
             self.checkup,
         )
 
     # what /status says of it
 
     def state(self) -> tuple[str, str]:
-        """(state, why): STARTING; CONNECTED; PAUSED (nothing may be taken in); BACKFILL_PAUSED (old mail waits, new mail does not);
-        REREADING; STANDBY; DISCONNECTED; OVERQUOTA, THROTTLED, CONNECTIONS (a rest that the server asked for); REAUTH_REQUIRED;
-        MISCONFIGURED; STOPPED."""
-        reader, full = self.reader, self.gate()
+        """(state, why): STARTING; CONNECTED; PAUSED (nothing may be taken in, or somebody said so); BACKFILL_PAUSED (old mail waits, new
+        mail does not); REREADING; STANDBY; DISCONNECTED; OVERQUOTA, THROTTLED, CONNECTIONS (a rest that the server asked for);
+        REAUTH_REQUIRED; MISCONFIGURED; STOPPED."""
+        reader, full = self.reader, self.pause() or self.gate()
         if self.status == "STANDBY":
             return "STANDBY", "another producer reads it"
         if self.status != "CONNECTED":
@@ -156,6 +158,8 @@ class Mailbox:
             self.pulse.turn()
             stamp = self.tokens.stamp()
             try:
+                if self._held_up():
+                    continue
                 state = self._own()
                 if not self.shutdown.requested:
                     self._in_session(state, forever=True)
@@ -182,6 +186,9 @@ class Mailbox:
     def run_once(self) -> None:
         """Read what is there now and return; what is transient is waited for. Raises what only a person can mend."""
         while not self.shutdown.requested:
+            if why := self.pause():
+                log.warning("%s: not read: %s", self.title, why)
+                return None
             try:
                 return self._in_session(self._own(), forever=False)
             except NotOurs as error:
@@ -196,6 +203,26 @@ class Mailbox:
             except ImapUnavailable as error:
                 self._broke_off(error)
         return None
+
+    def _held_up(self) -> bool:
+        """Somebody paused it: no session, no lease; after a moment the next look. What Redis knows of it stays as it is."""
+        why = self.pause()
+        if why and self.status != "PAUSED":
+            log.warning("%s: %s", self.title, why)
+            self._let_go()
+        if why:
+            self.status, self.why = "PAUSED", why
+            self.pulse.pause(PAUSE_SECONDS)
+        elif self.status == "PAUSED":
+            log.info("%s: resumed", self.title)
+            self.status, self.why = "STARTING", ""
+        return bool(why)
+
+    def _gate(self) -> str:
+        """For the reader, before it fetches: what was paused by hand is left."""
+        if self.pause():
+            raise NotOurs("its session ends: it was paused by hand")
+        return self.gate()
 
     def _own(self) -> State | None:
         """Wait until the mailbox is ours; how far it was read."""
@@ -277,7 +304,7 @@ class Mailbox:
             state = self.reader.begin(session, state)
             self.reader.settle_absent(session)
             ends = self.clock.monotonic() + SESSION_SECONDS
-            while not self.shutdown.requested:
+            while not (self.shutdown.requested or self.pause()):
                 state = self.reader.poll(session, state)
                 self.reader.look_back(session, state)
                 self._well()
@@ -286,8 +313,12 @@ class Mailbox:
                 if self.clock.monotonic() > ends:
                     return
                 self.pulse.turn(self.settings.mail.poll_interval)
-                session.wait(self.settings.mail.poll_interval, lambda: self.shutdown.requested or bool(self.reader.resync))
+                session.wait(self.settings.mail.poll_interval, self._is_wanted)
                 self.reader.answered()
+
+    def _is_wanted(self) -> bool:
+        """Something else than new mail ends the wait for it."""
+        return self.shutdown.requested or bool(self.reader.resync) or bool(self.pause())
 
     def _well(self) -> None:
         if self.why:

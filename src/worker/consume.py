@@ -32,7 +32,7 @@ class Consumer:
     """One consumer of the group. Its methods may be called from several threads; each may raise what RedisClient raises.
 
     `again`: repeats a call of a handler while Redis is away. `alone_ready`: may a suspect begin, that is: does the process in which it
-    will run alone stand ready?
+    will run alone stand ready? `pause`: why somebody holds up all workers, "" if nobody does.
     """
 
     seat: Seat
@@ -44,6 +44,7 @@ class Consumer:
     breakers: Breakers
     again: Callable[[Callable[[], Any]], Any]
     alone_ready: Callable[[], bool] = lambda: True
+    pause: Callable[[], str] = lambda: ""
     counts: Counter[str] = field(default_factory=Counter)
     blocked: str = ""
 
@@ -132,14 +133,15 @@ class Consumer:
             self.settled.wait(timeout=min(0.25, self.work.recovery_tick))
 
     def _look_around(self) -> bool:
-        """Once a tick: may we take on work? The dead letters decide, breakers, and a schema that we do not know."""
+        """Once a tick: may we take on work? A person decides, the dead letters, breakers, and a schema that we do not know."""
         self._next_look = self.clock.monotonic() + self.work.recovery_tick
         if self.blocked.startswith("schema"):
             return False
         dead = self.seat.redis.length(self.seat.keys.dlq)
         blocked = self._why_not(dead)
         if blocked and not self.blocked:
-            log.error("%s: reading stops. %s", blocked, self._what_to_do(blocked))
+            level = logging.WARNING if self.pause() else logging.ERROR
+            log.log(level, "%s: reading stops. %s", blocked, self._what_to_do(blocked))
         elif self.blocked and not blocked:
             log.info("reading again (%s)", self.blocked)
         self.blocked = blocked
@@ -147,6 +149,8 @@ class Consumer:
 
     def _why_not(self, dead: int) -> str:
         """Why no mail may be taken now, "" if it may. `dead`: letters in the dead-letter stream."""
+        if why := self.pause():
+            return why
         if dead >= self.stream.dlq_max:
             return f"{dead} dead letters (DLQ_MAX={self.stream.dlq_max})"
         if dead < self._dead_at_stop:  # someone replayed or discarded: the handler was mended
@@ -160,6 +164,8 @@ class Consumer:
         return "every breaker is open" if seconds is not None else ""
 
     def _what_to_do(self, blocked: str) -> str:
+        if self.pause():
+            return "What is in flight goes on to its end"
         if blocked.startswith("every"):
             return "It goes on by itself when the first one lets a call in"
         return (

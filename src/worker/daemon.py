@@ -17,7 +17,7 @@ from typing import Any
 from config.routes import Route
 from config.settings import Settings
 from src import VERSION
-from src.common import tracing
+from src.common import pauses, tracing
 from src.common.archive import open_archive
 from src.common.batch import Batcher
 from src.common.circuit_breaker import Breakers, rules_of
@@ -103,6 +103,7 @@ class Worker:
         self.joined = True
         self.watch = watch = self._watch()
         watch.start(settings.redis.socket_timeout)
+        self.consumer.pause = lambda: watch.paused(pauses.WORKERS)
         settler = shutdown.guard("settler", self.settler.run)
         self.runners.start()
         shutdown.guard("late", self._look_for_late)

@@ -60,6 +60,15 @@ def _tell_reaper(sign: str, group: int) -> None:
     print(f"{sign}{group}", file=_reaper(), flush=True)
 
 
+def adopt(group: int) -> None:
+    """A process group that a child of ours left running: killed when pytest ends before its test ended it."""
+    _tell_reaper("+", group)
+
+
+def release(group: int) -> None:
+    _tell_reaper("-", group)
+
+
 class ChildProcess:
     """One running child in its own process group, its stdout and stderr appended to `log`."""
 

@@ -608,3 +608,21 @@ def test_a_mail_that_redis_refuses_to_complete_does_not_hold_the_others(store: S
 
 def deliveries(store: Store) -> list[tuple[str, Delivery]]:
     return [(entry, Delivery(entry, 1, fields)) for entry, fields in store.redis.entries(store.keys.stream, count=10)]
+
+
+def test_a_pause_by_hand_stops_reading_and_nothing_else(store: Store) -> None:
+    """New, due and abandoned mail stays where it is; what is in flight is settled. Resumed, all of it is taken."""
+    consumer, held = joined(store, BACKOFF_BASE=0.001), [""]
+    consumer.pause = lambda: held[0]
+    publish(store, 1)
+    publish(store, 2, subject="retry")
+    started = consumer.take(8)
+    held[0] = "paused by hand since 2026-01-31T00:00:00Z"
+    publish(store, 3)
+    settle(consumer, started)
+    assert [consumer.take(8) for _ in range(3)] == [[], [], []]
+    assert (consumer.blocked, consumer.in_flight()) == (held[0], 0)
+    assert store.content()["results"] == [(M1, "done", '{"uid":1}')]
+    held[0] = ""
+    assert sorted(mail for _ in range(3) for mail in ids(consumer.take(8))) == [M2, M3]
+    assert consumer.blocked == ""

@@ -19,7 +19,7 @@ from src.common.redis_client import RedisClient, is_away
 from src.common.registry import HEARTBEAT_SECONDS, Registration, registered
 from src.common.retry import retry_on_redis_error
 from src.common.shutdown import Shutdown
-from src.common.watch import ANSWER_SECONDS, Limits, Watch, check_policy
+from src.common.watch import ANSWER_SECONDS, NOT_ASKED, Limits, Watch, check_policy
 from tests.support.servers import RedisServer
 from tests.support.wait import until
 
@@ -37,11 +37,14 @@ class Scripted:
         self.error: Exception | None = None
         self.refuses: Exception | None = None  # writes
         self.heartbeats = self.asked = 0
+        self.paused: list[str] = []
 
     def execute_command(self, *args: Any) -> Any:
         self.asked += 1
         if self.error:
             raise self.error
+        if args[0] == "HGETALL":
+            return self.paused
         if args[:2] == ("INFO", "memory"):
             return f"used_memory:{self.used}\r\nmaxmemory:{self.limit}\r\nmaxmemory_policy:{self.policy}\r\n"
         if args[0] == "INFO":
@@ -297,3 +300,22 @@ def test_who_was_refused_waits_for_the_breaker_only() -> None:
     retry_on_redis_error(bench.shutdown)(bench.client.version)()
     assert len(refused) >= 50
     assert max(refused) <= 0.5
+
+
+def test_what_is_paused_by_hand_is_known_from_the_first_look_and_through_an_outage() -> None:
+    """Nothing begins before Redis has answered once; while it is away, what it said last holds."""
+    bench = Bench()
+    bench.server.error = redis.ConnectionError("Connection refused.")
+    bench.server.paused = ["workers", "2026-01-31T00:00:00Z|too fast"]
+    bench.look()
+    assert bench.watch.paused("workers") == bench.watch.paused("a|INBOX") == NOT_ASKED
+    bench.server.error = None
+    bench.look()
+    held = "paused by hand since 2026-01-31T00:00:00Z (too fast); go on: ./scripts/resume.sh --workers"
+    assert (bench.watch.paused("workers"), bench.watch.paused("a|INBOX")) == (held, "")
+    bench.server.error = redis.ConnectionError("Connection refused.")
+    bench.look()
+    assert bench.watch.paused("workers") == held
+    bench.server.error, bench.server.paused = None, []
+    bench.look()
+    assert bench.watch.paused("workers") == ""
