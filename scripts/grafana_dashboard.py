@@ -140,12 +140,13 @@ ROWS: tuple[tuple[str, Sequence[Panel]], ...] = (
         (
             Panel(
                 "Mails",
-                "Published: entered the stream. Done: left it. Retried: an attempt that failed, and comes again.",
+                "Fetched: read from a mailbox. Published: entered the stream. Started: given to a handler. Done: left the stream.",
                 "suffix: /s",
                 [
+                    (rate("email_producer_fetched_total", BOX), "fetched"),
                     (rate("email_producer_published_total", BOX), "published"),
                     (rate("email_worker_done_total", WORKER), "done"),
-                    (rate("email_worker_retried_total", WORKER), "retried"),
+                    (rate("email_worker_started_total", WORKER), "started"),
                 ],
                 width=12,
             ),
