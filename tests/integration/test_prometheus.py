@@ -25,6 +25,7 @@ def busy() -> Iterator[Busy]:
     """Daemons, mail and Prometheus, shared by the tests of this module."""
     need(have_prometheus(), "prometheus")
     with Busy() as running:
+        running.workers.append(running.start_worker())
         running.pipeline.wait_for_first_poll()
         running.pipeline.deliver(*["ordinary"] * 60, *["slow 30"] * 10, *["fail 1"] * 3, "crm")
         running.pipeline.deliver(*["large"] * 9, body=b"x" * 100_000)
@@ -62,15 +63,13 @@ def test_each_alert_fires_and_stays_quiet() -> None:
 
 
 def test_every_daemon_is_found_and_up(busy: Busy) -> None:
-    """By the producer's /targets alone: one producer, two workers, each at the address that it registered; one that comes is added."""
+    """By the producer's /targets alone: one producer, two workers, and a third that came when Prometheus already ran."""
     prometheus = busy.prometheus
-    until(lambda: sorted(prometheus.targets().values()) == ["up"] * 3, DEADLINE, "three daemons are up")
-    roles = prometheus.query("count by (role) (email_build_info)")
-    assert roles == {'role="producer"': 1, 'role="worker"': 2}
-    told = prometheus.query('max by (role) (email_daemons{state="alive"})')
-    assert told == {'role="producer"': 1, 'role="worker"': 2}, "the role of the daemons counted, not of the one that counts"
-    busy.workers.append(busy.start_worker())
-    until(lambda: sorted(prometheus.targets().values()) == ["up"] * 4, DEADLINE, "the fourth is up")
+    until(lambda: sorted(prometheus.targets().values()) == ["up"] * 4, DEADLINE, "four daemons are up")
+    told = {'role="producer"': 1, 'role="worker"': 3}
+    until(lambda: prometheus.query("count by (role) (email_build_info)") == told, DEADLINE, "each has told its role")
+    counted = 'max by (role) (email_daemons{state="alive"})'  # the role of those counted, not of the one that counts
+    until(lambda: prometheus.query(counted) == told, DEADLINE, "the producer counts them")
 
 
 def test_no_panel_is_empty(busy: Busy) -> None:

@@ -72,11 +72,13 @@ class Busy:
             pipeline.write_token(REVOKED)
             self.sandbox.revoke(REVOKED)
             _let_it_age(folder / "tokens" / f"{pipeline.account}.json")
+            self._workers = stack.enter_context(ExitStack())
+            self.workers = [self.start_worker(), self.start_worker()]
+            for worker in self.workers:  # the producer looks who is there as it starts, and then every 10 s
+                worker.wait_for("reads email_ingestion_stream")
             port = free_port()
             accounts = f"{pipeline.account},{REVOKED}"
             self.producer = stack.enter_context(pipeline.producer(HTTP_PORT=str(port), GMAIL_USERNAME=accounts))
-            self._workers = stack.enter_context(ExitStack())
-            self.workers = [self.start_worker(), self.start_worker()]
             self.producer.wait_for("health: ")
             self.prometheus = stack.enter_context(Prometheus(port))
             self._stack = stack.pop_all()
