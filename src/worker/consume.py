@@ -298,9 +298,9 @@ class Consumer:
         done = [outcome for outcome in outcomes if isinstance(outcome, Done)]
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         verdicts = each_answered(self._complete, done)
+        self._time_done(done, verdicts)
         for finished, verdict in zip(done, verdicts, strict=True):
             self._log_done(finished, verdict)
-        self._time_done([finished for finished, verdict in zip(done, verdicts, strict=True) if verdict in ("OK", "ALREADY")])
         self._drop([finished.delivery for finished in done])
         for failure, answer in zip(failures, each_answered(self._fail, failures), strict=True):
             self._log_failed(failure, answer)
@@ -333,10 +333,14 @@ class Consumer:
             self.counts["refused"] += 1
             log.error("Redis refuses to complete %s: %s. It is tried again after its lease.", email_id, verdict)
 
-    def _time_done(self, done: Sequence[Done]) -> None:
-        if done:
-            now = self.clock.wall().timestamp()
-            self.way.observe(*[max(0.0, now - int(mail.delivery.stream_id.partition("-")[0]) / 1000) for mail in done])
+    def _time_done(self, done: Sequence[Done], verdicts: Sequence[idempotency.Settled | ScriptRefused]) -> None:
+        now = self.clock.wall().timestamp() * 1000
+        entered = [
+            int(mail.delivery.stream_id.partition("-")[0])
+            for mail, verdict in zip(done, verdicts, strict=True)
+            if verdict in ("OK", "ALREADY")
+        ]
+        self.way.observe_all([(now - moment) / 1000 if moment < now else 0.0 for moment in entered])  # two clocks
 
     def _died(self, error_type: str) -> None:
         self.counts["dead"] += 1

@@ -154,15 +154,14 @@ class Runners:
             del self._turns[turn.thread]
         for outcome in outcomes:
             self.settle(outcome)
-        took = self.time(turn.mails[0], turn.began)
+        took = self.clock.monotonic() - turn.began
+        self.took[turn.mails[0].handler.spec].observe(took)
         self.seconds += 0.05 * (took / len(turn.mails) - self.seconds)
         return True
 
-    def time(self, mail: Started, began: float) -> float:
-        """Note how long a call of this mail's handler took."""
-        took = self.clock.monotonic() - began
-        self.took[mail.handler.spec].observe(took)
-        return took
+    def time(self, mail: Started, began: float) -> None:
+        """A call of this mail's handler, which `began` then, is over."""
+        self.took[mail.handler.spec].observe(self.clock.monotonic() - began)
 
     def _handle_here(self, mails: Sequence[Started]) -> list[Outcome]:
         consumer = self.consumer
