@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import urllib.error
 import urllib.request
@@ -18,6 +19,7 @@ from src.common.redis_client import RedisClient
 from src.common.registry import SILENT_SECONDS, Seen, registered
 from src.monitoring.metrics import BOTH, CONTENT_TYPE, PRODUCER, WORKER, Declared
 from src.sandbox.server import Sandbox
+from tests.integration.test_worker_faults import published
 from tests.support.pipeline import DEADLINE, Pipeline
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer
@@ -176,6 +178,7 @@ def test_every_metric_of_both_daemons_moves(durable: Pipeline, sandbox: Sandbox)
             (pipeline.tmp / "mended").touch()
             one.wait("email_worker_done_total", is_(5))
             one.wait("email_worker_reading", is_(1))
+            one.wait("email_worker_handler_seconds", above(6), handler="mine.py:handle")
             one.wait("email_worker_oldest_in_flight_seconds", above(0.1))
             first.wait("email_stream_in_flight_mails", is_(1))
             first.wait("email_stream_waiting_mails", is_(1))
@@ -267,6 +270,32 @@ def get(url: str, **headers: str) -> tuple[int, str]:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("handler", "calls", "env"),
+    [
+        ("obey", 2, {}),
+        ("obey", 2, {"WORKER_ISOLATION": "process"}),
+        ("obey_async", 2, {}),
+        ("obey_batch", 1, {}),
+        ("obey", 2, {"HANDLER_TIMEOUT": "0.3", "MAX_ATTEMPTS": "1", "WORKER_CONCURRENCY": "2"}),
+    ],
+    ids=["thread", "process", "async", "batch", "given up"],
+)
+def test_calls_of_handlers_are_timed_wherever_they_run(pipeline: Pipeline, handler: str, calls: int, env: dict[str, str]) -> None:
+    """One observation a call, a batch being one; also of a call that is given up, which took its time-out at least."""
+    given_up = "HANDLER_TIMEOUT" in env
+    published(pipeline, *(["hold gate"] * 2 if given_up else ["one", "two"]))
+    scraped, spec = Scraped(free_port()), f"tests.support.handlers:{handler}"
+    with pipeline.worker("--handler", spec, HTTP_PORT=port_of(scraped), **env):
+        scraped.wait("email_worker_handler_seconds", is_(calls), handler=spec)
+        text = get(scraped.url)[1]
+        took = float(re.search(r"^email_worker_handler_seconds_sum\S+ (\S+)$", text, re.M)[1])  # type: ignore[index]
+        assert took > (0.6 if given_up else 0.0)
+        scraped.wait("email_worker_dead_total", is_(2), error="HandlerTimeout") if given_up else pipeline.wait_until_settled()
+        pipeline.open_gate("gate")
+    pipeline.assert_accounted(dead=dict.fromkeys(pipeline.delivered, "attempts") if given_up else {})
 
 
 def test_a_scrape_never_waits_for_redis(durable: Pipeline) -> None:
