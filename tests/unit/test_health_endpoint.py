@@ -250,7 +250,7 @@ def test_a_plain_page_has_its_own_content_type() -> None:
         answer = whole(f"{url}/metrics", Accept=accept)
         assert answer == (200, "text/plain; version=0.0.4; charset=utf-8", "email_a 1.0 é\n".encode())
     assert get(f"{url}/health") == (200, {"status": "ok"})
-    assert get(f"{url}/metrics/") == (404, {"error": "no such page: /metrics/", "pages": ["/health", "/metrics"]})
+    assert get(f"{url}/metric") == (404, {"error": "no such page: /metric", "pages": ["/health", "/metrics"]})
     assert get(f"{url}/metrics", Host="evil.example")[0] == 400
     assert get(f"{url}/metrics", method="POST")[0] == 405
     stop()
