@@ -28,6 +28,7 @@ from src.common.exceptions import (
 )
 from src.common.health import Memory
 from src.common.scripts import load
+from src.common.timing import NO_STOPWATCH
 
 Arg = str | bytes | int | float
 Fields = dict[str, str]
@@ -64,12 +65,14 @@ class RedisClient:
     (NOGROUP), ScriptRefused (the data cannot be taken as they are), ConfigurationError (password or ACL).
 
     `breaker`: set by a daemon, so that of all its threads one asks a server that is away, and the others are told so at once,
-    by RedisUnavailable; who repeats calls does not notice.
+    by RedisUnavailable; who repeats calls does not notice. `stopwatch`: set by a daemon; times each call that is answered, but not
+    XREADGROUP, which waits for mail on purpose.
     """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.breaker: CircuitBreaker | None = None
+        self.stopwatch = NO_STOPWATCH
 
     @classmethod
     def connect(cls, url: str, *, max_connections: int, socket_timeout: float) -> RedisClient:
@@ -112,7 +115,7 @@ class RedisClient:
 
     def call(self, *command: Arg) -> Any:
         """One command, its RESP2 reply with text decoded as UTF-8 (what is not UTF-8 becomes U+FFFD)."""
-        return self._guarded(lambda: self._transport.execute_command(*command))
+        return self._guarded(lambda: self.stopwatch.time(lambda: self._transport.execute_command(*command)))
 
     def run(self, name: str, keys: Sequence[str], args: Sequence[Arg]) -> Any:
         """The transition `lua/<name>.lua` in one round trip (EVALSHA; a server that does not know it yet gets it by EVAL)."""
@@ -124,7 +127,7 @@ class RedisClient:
             except redis.exceptions.NoScriptError:
                 return self._transport.execute_command("EVAL", script.source, len(keys), *keys, *args)
 
-        return self._guarded(send)
+        return self._guarded(lambda: self.stopwatch.time(send))
 
     def _guarded(self, send: Callable[[], Any]) -> Any:
         """`send()`, its errors as ours, and what became of it told to the breaker."""
@@ -142,7 +145,8 @@ class RedisClient:
 
     def read_new(self, stream: str, group: str, consumer: str, *, count: int, block_ms: int) -> list[tuple[str, Fields]]:
         """XREADGROUP … > : up to `count` new entries, waiting up to `block_ms` for the first. [(stream id, fields)]"""
-        reply = self.call("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "BLOCK", block_ms, "STREAMS", stream, ">")
+        command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "BLOCK", block_ms, "STREAMS", stream, ">")
+        reply = self._guarded(lambda: self._transport.execute_command(*command))
         return _entries(reply[0][1]) if reply else []
 
     def entries(self, stream: str, start: str = "-", end: str = "+", *, count: int) -> list[tuple[str, Fields]]:
