@@ -28,7 +28,7 @@ class Steps:
     def __enter__(self) -> Steps:
         if sys.stderr.isatty():
             self._bar.start()
-            self._task = self._bar.add_task("waiting for the server", total=None, done="")
+            self._task = self._bar.add_task("waiting for Redis", total=None, done="")
         return self
 
     def __exit__(self, *_: object) -> None:

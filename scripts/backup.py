@@ -69,7 +69,7 @@ def say_taken(taken: Taken) -> int:
         f"Restore it: {command}",
     )
     if held and not held["keys"]:
-        say(f"nothing of the stream {manifest.stream} stands in this Redis: the backup is empty, and no older one was removed")
+        say(f"nothing of the stream {manifest.stream} stands in this Redis: the backup is empty, and --keep removes none for it")
     return 0
 
 

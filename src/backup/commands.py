@@ -99,10 +99,14 @@ def _stream(redis: RedisClient, name: str) -> Iterator[Command]:
         seconds, micros = redis.call("TIME")
         now = int(seconds) * 1000 + int(micros) // 1000
         pages = _pages(lambda start, group=group: redis.call("XPENDING", name, group["name"], start, "+", PAGE))  # type: ignore[misc]
+        gone = 0
         for entry_id, consumer, idle, deliveries in pages:
+            gone += entry_id not in standing
             if entry_id in standing:
                 fate = ["TIME", str(now - int(idle)), "RETRYCOUNT", str(deliveries), "FORCE", "JUSTID"]
                 yield ["XCLAIM", name, group["name"], consumer, "0", entry_id, *fate]
+        if gone:
+            log.warning("%s: %d mails in flight were deleted by hand: nobody holds them any more", name, gone)
 
 
 def _pages(page: Callable[[str], list[list[str]]]) -> Iterator[list[str]]:

@@ -89,7 +89,7 @@ def part(path: Path) -> Iterator[BinaryIO]:
     """A new file beside `path`, 0600; gone if what is done with it fails. Raises DiskUnavailable."""
     aside = path.with_name(path.name + PART)
     try:
-        with _disk(aside), open(aside, "wb", opener=_private) as file:  # noqa: PTH123  # Path.open takes no opener
+        with _disk(aside), open(aside, "wb", opener=_private) as file:  # Path.open takes no opener
             yield file
             file.flush()
             os.fsync(file.fileno())
