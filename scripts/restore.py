@@ -51,7 +51,7 @@ class Desk:
         with opened(self.given.file, self.keys, self.redis.database, self.shutdown, self.tell) as source:
             held = counts(source.sizes, self.keys)
             if not held["keys"]:
-                raise BackupError(f"{self.given.file.name} holds nothing of the stream {self.keys.stream}: is STREAM_NAME right?")
+                raise BackupError(f"{self.given.file.name} is empty: nothing was changed")
             refusal = "" if self.given.force else target.refusal()
             if self.given.dry_run:
                 return self._dry_run(source, held, target, refusal)

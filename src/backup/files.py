@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
@@ -32,6 +31,7 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 RDB_MAGIC = (b"REDIS", b"VALKEY")
 PART = ".part"
 CHUNK = 1 << 20
+PACKED_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,7 @@ class Portable:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._lines() as lines:
-            self.head: dict[str, object] = self._parsed(next(lines, ""), dict)
+        self.head: dict[str, object] = self._parsed(next(self._lines(), b""), dict)
         if self.head.get("backup") != "email-ingestion":
             raise BackupError(f"{path.name} is no backup of scripts/backup.py")
         if self.head.get("format") != FORMAT:
@@ -248,29 +247,32 @@ class Portable:
 
     def commands(self) -> Iterator[Command]:
         """Its commands. Raises BackupError at the end of a cut file, and wherever it was altered."""
-        count = 0
-        with self._lines() as lines:
-            next(lines, "")
-            for line in lines:
-                if line.startswith("{"):
-                    if self._parsed(line, dict).get("end") != count or next(lines, ""):
-                        raise self._damaged()
-                    return
-                command = self._parsed(line, list)
-                key_of(command)
-                count += 1
-                yield command
+        lines = self._lines()
+        next(lines, b"")
+        for count, line in enumerate(lines):
+            if line.startswith(b"{"):
+                if self._parsed(line, dict).get("end") != count or next(lines, None) is not None:
+                    raise self._damaged()
+                return
+            command = self._parsed(line, list)
+            key_of(command)
+            yield command
         raise self._damaged()
 
-    @contextmanager
-    def _lines(self) -> Iterator[Iterator[str]]:
-        with self._path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as plain:
-            try:
-                yield iter(io.TextIOWrapper(io.BufferedReader(plain, CHUNK), encoding="ascii"))
-            except (zstandard.ZstdError, UnicodeDecodeError):
-                raise self._damaged() from None
+    def _lines(self) -> Iterator[bytes]:
+        """At their end the frame has ended too, with its checksum, and nothing follows it."""
+        packed, rest = zstandard.ZstdDecompressor().decompressobj(), b""
+        with self._path.open("rb") as file:
+            while chunk := file.read(PACKED_CHUNK):
+                try:
+                    *lines, rest = (rest + packed.decompress(chunk)).split(b"\n")
+                except zstandard.ZstdError:
+                    raise self._damaged() from None
+                yield from lines
+        if rest or not packed.eof or packed.unused_data:
+            raise self._damaged()
 
-    def _parsed(self, line: str, kind: type) -> Any:
+    def _parsed(self, line: bytes, kind: type) -> Any:
         try:
             content = json.loads(line)
         except ValueError:

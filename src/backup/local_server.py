@@ -27,16 +27,12 @@ READ_SECONDS = 300.0  # a page of a snapshot that does not fit into memory is sl
 # Runs the server and ends it when nobody holds the other end of our standard input any more.
 LEASH = 'exec 3<&0; "$@" 3<&- </dev/null & server=$!; (read -r _ <&3; kill -9 "$server") & exec 3<&-; wait "$server"'
 
-BEYOND_IT = re.compile(r"Can't handle RDB format version|module", re.IGNORECASE)
-DAMAGED = re.compile(
-    r"Wrong RDB checksum|CRC error|Short read|Unexpected EOF|unexpected end|Wrong signature|Unknown RDB|Internal error in RDB|"
-    r"Bad file format|Corrupt|Invalid|Unrecoverable",
-    re.IGNORECASE,
-)
+BEYOND_IT = re.compile(r"Can't handle RDB format version|module data I can't load")
+DAMAGED = re.compile(r"Wrong RDB checksum|Short read or OOM|Internal error in RDB|Wrong signature")
 
 
 class BeyondUs(BackupError):
-    """No server of this machine reads the snapshot, which may be whole: it is of a newer server, or holds data of modules."""
+    """No server of this machine reads the snapshot, which may be whole: it is of a newer server, or holds data of its modules."""
 
 
 @contextmanager
@@ -60,10 +56,11 @@ def loaded(rdb: Path, database: int, wait: Callable[[float], bool]) -> Iterator[
     if BEYOND_IT.search(refusals[-1]):
         raise BeyondUs(
             f"{rdb.name} is of a server that none of this machine can stand in for ({refusals[-1]}): "
-            "install redis-server or valkey-server of that version here, so that it stands on the PATH, and try again"
+            "install redis-server or valkey-server of its version here, so that it stands on the PATH, and try again; if it is of no such "
+            "server, it is altered. Nothing was changed"
         )
     if DAMAGED.search(refusals[-1]):
-        raise BackupError(f"{rdb.name} is cut or altered, nothing was changed: {refusals[-1]}")
+        raise BackupError(f"{rdb.name} is cut or altered ({refusals[-1]}). Nothing was changed; use another backup")
     raise BackupError(f"{rdb.name} cannot be loaded, nothing was changed: {refusals[-1]}")
 
 

@@ -60,7 +60,7 @@ class Restore:
             self._forget(target.left)
             sizes = self._lay_aside(commands)
             self._count(sizes)
-        except (IngestionError, KeyboardInterrupt) as error:
+        except IngestionError as error:
             raise self._given_up(error) from error
         self._switch(sizes, target, force=force)
         return sizes

@@ -54,6 +54,8 @@ def opened(path: Path, keys: Keys, database: int, shutdown: Shutdown, tell: Call
         return
     with loaded(path, manifest.database if manifest else database, shutdown.wait) as server:
         names = ours(server, keys)
+        if manifest is None and not any(keys.is_of_stream(name) for name in names):
+            raise BackupError(f"{path.name} holds nothing of the stream {keys.stream}: is STREAM_NAME right? Nothing was changed")
         yield Source(manifest, measured(server, names), lambda: read(server, names))
 
 

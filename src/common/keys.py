@@ -113,8 +113,11 @@ class Keys:
 
     def is_data(self, key: str) -> bool:
         """Whether `key` belongs into a backup: all of ours but the daemons that are at work now and what a restore has laid aside."""
-        ours = key == self.stream or key.startswith((f"{self.stream}:", "producer_state:"))
+        ours = self.is_of_stream(key) or key.startswith("producer_state:")
         return ours and key != self.daemons and not key.startswith(f"{self.stream}:restoring:")
+
+    def is_of_stream(self, key: str) -> bool:
+        return key == self.stream or key.startswith(f"{self.stream}:")
 
     def is_processed(self, key: str) -> bool:
         return key.startswith(f"{self.stream}:processed:")

@@ -15,7 +15,9 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 import redis
+from redis._parsers import Encoder
 from redis.backoff import NoBackoff
+from redis.connection import PythonRespSerializer
 from redis.retry import Retry
 
 from src.common.circuit_breaker import CircuitBreaker
@@ -103,6 +105,7 @@ class RedisClient:
                 retry=Retry(NoBackoff(), 0),
                 max_connections=max_connections,
                 health_check_interval=0,
+                command_packer=None if not_utf8 == "replace" else _packer(not_utf8),
                 driver_info=None,  # no CLIENT SETINFO at each connect: Redis 7.0 does not know it, and an ACL would have to allow it
             )
         except ValueError:  # its text may hold a part of the password
@@ -235,6 +238,11 @@ class RedisClient:
         except (ConfigurationError, ScriptRefused):
             return ""
         return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info.get('redis_version', '')}"
+
+
+def _packer(not_utf8: str) -> PythonRespSerializer:
+    """hiredis' own knows no surrogates."""
+    return PythonRespSerializer(6_000, Encoder("utf-8", not_utf8, decode_responses=True).encode)  # type: ignore[no-untyped-call]
 
 
 def is_away(error: Exception) -> bool:
