@@ -43,7 +43,10 @@ def loaded(rdb: Path, database: int, wait: Callable[[float], bool]) -> Iterator[
     """
     refusals: list[str] = []
     for binary in _binaries():
-        with tempfile.TemporaryDirectory(prefix="backup-") as folder, _running(binary, rdb, Path(folder)) as process:
+        with (
+            tempfile.TemporaryDirectory(prefix="backup-", dir=_short()) as folder,
+            _running(binary, rdb, Path(folder)) as process,
+        ):
             with RedisClient.connect(
                 f"unix://{folder}/s?db={database}", max_connections=4, socket_timeout=READ_SECONDS, not_utf8="surrogateescape"
             ) as client:
@@ -62,6 +65,11 @@ def loaded(rdb: Path, database: int, wait: Callable[[float], bool]) -> Iterator[
     if DAMAGED.search(refusals[-1]):
         raise BackupError(f"{rdb.name} is cut or altered ({refusals[-1]}). Nothing was changed; use another backup")
     raise BackupError(f"{rdb.name} cannot be loaded, nothing was changed: {refusals[-1]}")
+
+
+def _short() -> str:
+    """A folder for temporary ones, with room for a socket's path, which may have 103 bytes."""
+    return tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) < 80 else "/tmp"  # noqa: S108  # the folder in it is ours alone
 
 
 def _binaries() -> list[str]:
@@ -108,7 +116,7 @@ def _answers(client: RedisClient, process: subprocess.Popen[bytes], wait: Callab
             return True
         except RedisUnavailable:  # not listening yet, or LOADING
             if wait(0.02):
-                raise BackupError("stopped as asked: nothing was changed") from None
+                raise BackupError("stopped as asked: nothing was written") from None
     return False
 
 

@@ -9,11 +9,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from src.backup.commands import PAGE
+from src.backup.restore import Restore, Target
 from src.backup.source import opened
 from src.common.exceptions import BackupError, ConfigurationError
 from src.common.keys import Keys
@@ -407,6 +411,60 @@ def test_a_restore_that_is_stopped_or_cut_off_says_what_stands(much: Path, quick
             assert "The server holds what it held, and" in restore.output()
             assert "the next restore removes them" in restore.output()
     assert {key: value for key, value in contents(quick_valkey).items() if ":restoring:" not in key} == before
+
+
+def restored_meanwhile(server: RedisServer, commands: list[list[str]], meanwhile: Callable[[Any], object]) -> str:
+    """Why a restore of `commands` into a server that was found empty gave up; `meanwhile` happens before its last step."""
+    with RedisClient.connect(server.url, max_connections=4, socket_timeout=10, not_utf8="surrogateescape") as redis:
+        target = Target.look(redis, KEYS)
+        assert not target.refusal()
+
+        def carried_out() -> Iterator[list[str]]:
+            yield from commands
+            meanwhile(server.client())
+
+        with pytest.raises(BackupError) as refusal:
+            Restore(redis, KEYS, "n", lambda: False, lambda done: None).run(carried_out(), target, force=False)
+    assert not left(server)
+    return str(refusal.value)
+
+
+BEAT = json.dumps(asdict(Registration("worker", "late", "", "0.1.0", "vm", 1, "2026-01-31T00:00:00Z")))
+MANY = [
+    ["HSET", KEYS.index, str(number), "S:1-0"] for number in range(PAGE)
+]  # a whole batch: carried out before the next is asked for
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "why"),
+    [
+        (
+            lambda client: client.hset(KEYS.daemons, "late", f"{int(client.time()[0])}000|{BEAT}"),
+            "the daemon late was started meanwhile",
+        ),
+        (lambda client: client.hset(KEYS.index, "m1", "S:1-0"), f"{KEYS.index} was written meanwhile"),
+        (lambda client: client.delete(KEYS.restoring("n", 0)), f"{KEYS.index} did not arrive whole: 0 of {PAGE}"),
+        (lambda client: client.hdel(KEYS.restoring("n", 0), "7"), f"{KEYS.index} did not arrive whole: {PAGE - 1} of {PAGE}"),
+    ],
+)
+def test_what_happens_between_the_look_and_the_last_step(
+    quick_valkey: RedisServer, meanwhile: Callable[[Any], object], why: str
+) -> None:
+    """A daemon starts, somebody writes, what was laid aside is lost: the last step looks again, and nothing is restored."""
+    client = quick_valkey.client()
+    assert why in restored_meanwhile(quick_valkey, [*MANY, ["PEXPIREAT", KEYS.index, "1"]], meanwhile)
+    assert client.hlen(KEYS.index) <= 1, "nothing but what was written meanwhile"
+
+
+def test_another_restore_takes_what_was_laid_aside(quick_valkey: RedisServer) -> None:
+    """The last step itself sees that something is gone, before it writes anything."""
+    keys = [KEYS.daemons, KEYS.restoring("n", 0), KEYS.index, KEYS.restoring("n", 1), KEYS.due, KEYS.dlq]
+    quick_valkey.client().hset(keys[1], "m1", "S:1-0")
+    quick_valkey.client().xadd(KEYS.dlq, {"stays": "here"})
+    before = contents(quick_valkey)
+    with RedisClient.connect(quick_valkey.url, max_connections=4, socket_timeout=10) as redis:
+        assert redis.run("restore", keys, ["", 2, "", ""]) == ["GONE", keys[3]]
+    assert contents(quick_valkey) == before
 
 
 def test_a_target_without_room_is_left_as_it_was(much: Path, tmp_path: Path) -> None:
