@@ -7,18 +7,22 @@ import json
 import resource
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from src.backup.commands import PAGE
 from src.backup.restore import Restore, Target
 from src.backup.source import opened
+from src.backup.take import Backup, Taken
+from src.common.clock import SYSTEM
 from src.common.exceptions import BackupError, ConfigurationError
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
@@ -307,6 +311,11 @@ def test_a_cut_or_altered_backup_is_refused(quick_valkey: RedisServer, tmp_path:
         (whole, manifest, "other", "set STREAM_NAME=email_ingestion_stream"),
         (whole, None, "other", "STREAM_NAME"),
     ]
+    if form == "rdb":
+        newer = whole.replace(b"REDIS0011", b"REDIS0099", 1)
+        cases.append(
+            (newer, None, STREAM, r"is of a server that none of this machine can stand in for \(Can't handle RDB format version")
+        )
     for content, beside_it, stream, line in cases:
         file.write_bytes(content)
         beside.write_bytes(beside_it) if beside_it else beside.unlink(missing_ok=True)
@@ -533,6 +542,44 @@ def test_keep_removes_older_backups_of_ours_only(quick_valkey: RedisServer, tmp_
     quick_valkey.client().flushall()
     assert "the backup is empty, and --keep removes none for it" in desk.run("backup", "--keep", "1")
     assert files < set(out.iterdir())
+
+
+class NewerServer:
+    """What a backup asks of a server, answered by one whose snapshot no server of this machine reads."""
+
+    database = 0
+
+    def version(self) -> str:
+        return "Redis 99.0.0"
+
+    @contextmanager
+    def bare_connection(self) -> Iterator[socket.socket]:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.sendall(b"+OK\r\n+OK\r\n+FULLRESYNC 0 0\r\n$20\r\nREDIS0099\xfe\x00not known")
+            yield ours
+
+
+def test_a_snapshot_that_nobody_here_reads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As .rdb it is kept, with a word that it was not tried and without counts; the portable form cannot be had, and nothing is left."""
+
+    def backup(kind: Literal["rdb", "jsonl.zst"]) -> Taken:
+        server: Any = NewerServer()
+        return Backup(server, KEYS, tmp_path, kind, 1, SYSTEM, Shutdown(), lambda *_: None).run()
+
+    older = tmp_path / "email-ingestion-20200101T000000Z.rdb"
+    older.touch()
+    taken = backup("rdb")
+    assert "the backup is kept, but it was not tried" in caplog.text
+    assert taken.manifest.counts is None and not taken.removed and older.exists()
+    with pytest.raises(BackupError, match="none of this machine can stand in for"):
+        backup("jsonl.zst")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".lock",
+        older.name,
+        taken.path.name,
+        f"{taken.path.name}.manifest.json",
+    }
 
 
 # ways in
