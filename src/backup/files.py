@@ -69,11 +69,19 @@ def folder(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BackupError(f"another backup is being written to {out}: wait for it, or use another --out") from None
-        for left in out.glob(f"email-ingestion-*{PART}"):
-            left.unlink(missing_ok=True)
-        yield
+        _sweep(out)
+        try:
+            yield
+        finally:
+            _sweep(out)
     finally:
         os.close(lock)
+
+
+def _sweep(out: Path) -> None:
+    with suppress(OSError):
+        for left in out.glob(f"email-ingestion-*{PART}"):
+            left.unlink(missing_ok=True)
 
 
 def fresh_path(out: Path, moment: datetime, kind: str) -> Path:

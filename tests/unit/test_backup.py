@@ -18,8 +18,10 @@ from src.backup import files
 from src.backup.commands import KEY_AT, Command, Size, Tally, counts, key_of, renamed
 from src.backup.files import Manifest, Portable
 from src.backup.snapshot import Wire, announced
-from src.common.exceptions import BackupError, ConfigurationError, RedisUnavailable
+from src.common.exceptions import BackupError, ConfigurationError, RedisUnavailable, ScriptRefused
 from src.common.keys import Keys
+from src.common.redis_client import RedisClient
+from tests.support.servers import RedisServer
 
 KEYS = Keys("s")
 HEAD: dict[str, object] = {"stream": "s", "database": 0, "taken_at": "2026-01-31T00:00:00Z", "server": "Redis 7.0.15"}
@@ -140,6 +142,22 @@ def test_sizes_are_told_from_the_commands() -> None:
 def test_which_keys_belong_into_a_backup(key: str, ours: bool) -> None:
     """All of the stream's and the producer's, but who is at work now and what a restore has laid aside."""
     assert KEYS.is_data(key) is ours
+
+
+# bytes, and many commands at once
+
+
+def test_bytes_that_are_no_utf8_go_there_and_back(valkey: RedisServer) -> None:
+    """As surrogates here, as themselves in the server: in keys, values and the words of many commands at once; a refusal is raised."""
+    odd, text = b"\xff\x00\xfe \xc3\xbc", "\udcff\x00\udcfe ü"
+    with RedisClient.connect(valkey.url, max_connections=4, socket_timeout=10, not_utf8="surrogateescape") as redis:
+        redis.call("SET", text, text)
+        assert redis.call_all([["GET", text], ["APPEND", text, text], ["STRLEN", text]]) == [text, 12, 12]
+        assert redis.call_all([]) == []
+        with pytest.raises(ScriptRefused, match="WRONGTYPE"):
+            redis.call_all([["SADD", text, "1"], ["SET", "done", "nevertheless"]])
+        assert redis.call("GET", "done") == "nevertheless"
+    assert valkey.client(decode_responses=False).get(odd) == odd * 2
 
 
 # files
