@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from src.common.exceptions import BackupError
 from src.common.keys import Keys
@@ -22,6 +23,13 @@ Command = list[str]
 # Where the key stands. Nothing else is taken from a file: it may come from anywhere.
 KEY_AT = {"SET": 1, "HSET": 1, "SADD": 1, "ZADD": 1, "XGROUP": 2, "XADD": 1, "XSETID": 1, "XCLAIM": 1, "PEXPIREAT": 1}
 PAGE = 500
+KEYS_AT_ONCE = 100
+WHOLE = {
+    "string": ("GET",),
+    "hash": ("HGETALL",),
+    "set": ("SMEMBERS",),
+    "zset": ("ZRANGE", "0", "-1", "WITHSCORES"),
+}  # asks for a key
 LENGTH = {"hash": "HLEN", "set": "SCARD", "zset": "ZCARD", "stream": "XLEN"}
 
 
@@ -44,33 +52,39 @@ def scan(redis: RedisClient, pattern: str) -> Iterator[str]:
 
 def read(redis: RedisClient, names: Sequence[str]) -> Iterator[Command]:
     """The commands that make the keys `names` again. Who reads while others write gets no single moment."""
-    kinds = {"string": _string, "hash": _hash, "set": _set, "zset": _sorted_set, "stream": _stream}
-    for name in names:
-        kind = str(redis.call("TYPE", name))
-        expires = int(redis.call("PEXPIRETIME", name))
-        if kind in kinds:
-            yield from kinds[kind](redis, name)
-            if expires >= 0:
-                yield ["PEXPIREAT", name, str(expires)]
-        elif kind != "none":  # none: its time was over
-            log.warning("%s is a %s, which we do not use: left out", name, kind)
+    for first in range(0, len(names), KEYS_AT_ONCE):
+        page = names[first : first + KEYS_AT_ONCE]
+        kinds = dict(zip(page, redis.call_all([["TYPE", name] for name in page]), strict=True))
+        expiries = redis.call_all([["PEXPIRETIME", name] for name in page])
+        small = [name for name in page if kinds[name] in WHOLE]
+        wholes = dict(zip(small, redis.call_all([_asking(kinds[name], name) for name in small]), strict=True))
+        for name, expires in zip(page, expiries, strict=True):
+            kind = kinds[name]
+            if kind in WHOLE:
+                made = list(_whole(name, kind, wholes[name]))
+                yield from made
+                if made and int(expires) >= 0:
+                    yield ["PEXPIREAT", name, str(expires)]
+            elif kind == "stream":
+                yield from _stream(redis, name)
+            elif kind != "none":  # none: its time was over
+                log.warning("%s is a %s, which we do not use: left out", name, kind)
 
 
-def _string(redis: RedisClient, name: str) -> Iterator[Command]:
-    yield ["SET", name, redis.call("GET", name)]
+def _asking(kind: str, name: str) -> Command:
+    verb, *rest = WHOLE[kind]
+    return [verb, name, *rest]
 
 
-def _hash(redis: RedisClient, name: str) -> Iterator[Command]:
-    yield from _in_pages(["HSET", name], redis.call("HGETALL", name))
-
-
-def _set(redis: RedisClient, name: str) -> Iterator[Command]:
-    yield from _in_pages(["SADD", name], redis.call("SMEMBERS", name))
-
-
-def _sorted_set(redis: RedisClient, name: str) -> Iterator[Command]:
-    words = redis.call("ZRANGE", name, 0, -1, "WITHSCORES")
-    yield from _in_pages(["ZADD", name], [word for at in range(0, len(words), 2) for word in (words[at + 1], words[at])])
+def _whole(name: str, kind: str, content: Any) -> Iterator[Command]:
+    """Of a key whose content came in one reply; none of one whose time was over by then."""
+    if kind == "string":
+        yield from [["SET", name, content]] if content is not None else []
+    elif kind == "zset":
+        scored = [word for at in range(0, len(content), 2) for word in (content[at + 1], content[at])]
+        yield from _in_pages(["ZADD", name], scored)
+    else:
+        yield from _in_pages(["HSET" if kind == "hash" else "SADD", name], content)
 
 
 def _in_pages(head: Command, words: Sequence[str]) -> Iterator[Command]:

@@ -85,11 +85,13 @@ def _sweep(out: Path) -> None:
 
 
 def fresh_path(out: Path, moment: datetime, kind: str) -> Path:
-    """Where the backup of `moment` (UTC) goes. `kind`: rdb or jsonl.zst."""
+    """Where the backup of `moment` (UTC) goes, with a number behind the second of one second. `kind`: rdb or jsonl.zst."""
     name, number = f"email-ingestion-{moment:%Y%m%dT%H%M%SZ}", 1
-    while (path := out / f"{name}{f'-{number}' if number > 1 else ''}.{kind}").exists():
+    while True:
+        stem = f"{name}{f'-{number}' if number > 1 else ''}"
+        if not any((out / f"{stem}.{form}").exists() for form in ("rdb", "jsonl.zst")):
+            return out / f"{stem}.{kind}"
         number += 1
-    return path
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,19 @@ def test_prune_keeps_the_newest_of_ours(tmp_path: Path) -> None:
         path.touch()
     assert files.prune(tmp_path, 2) == mine[:2]
     assert set(tmp_path.iterdir()) == {*others, *mine[2:], *(files.manifest_path(path) for path in mine[2:])}
+
+
+def test_backups_of_one_second_are_told_apart(tmp_path: Path) -> None:
+    """By a number that both forms share, so that the order in which they were taken stays known."""
+    moment = datetime(2026, 1, 31, 12, 0, 0, 999_999, UTC)
+    names = []
+    for kind in ("rdb", "jsonl.zst", "rdb"):
+        path = files.fresh_path(tmp_path, moment, kind)
+        path.touch()
+        names.append(path.name)
+    stem = "email-ingestion-20260131T120000Z"
+    assert names == [f"{stem}.rdb", f"{stem}-2.jsonl.zst", f"{stem}-3.rdb"]
+    assert [path.name for path in files.prune(tmp_path, 1)] == names[:2]
 
 
 def test_a_second_backup_into_the_same_folder_waits_for_nobody(tmp_path: Path) -> None:
