@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Le
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -377,6 +378,13 @@ class RunSettings(Section):
         description="Its port. Unset: 8080 (producer), 8081 (worker) or the next free one; 0: any free one.",
     )
 
+    metrics_port: Annotated[int, Ge(0), Le(65535)] | Literal["off"] | None = Field(
+        None,
+        alias="METRICS_PORT",
+        description="A second port that answers /metrics alone; the daemon's own port answers it too. Unset: 9090 (producer), none "
+        "(worker); off: none; 0: any free one. One that is taken is a warning: set it for one daemon of a machine only.",
+    )
+
     http_allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         alias="HTTP_ALLOWED_HOSTS",
@@ -388,6 +396,15 @@ class RunSettings(Section):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("metrics_port", mode="before")
+    @classmethod
+    def _port_or_off(cls, value: object) -> object:
+        if value in (None, "off"):
+            return value
+        if not str(value).isdigit() or int(str(value)) > 65535:
+            raise ValueError("must be a port (0 to 65535) or off")
+        return int(str(value))
 
     @field_validator("raw_archive")
     @classmethod

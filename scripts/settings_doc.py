@@ -55,15 +55,14 @@ def default_of(field: FieldInfo) -> str:
 
 
 def rule_of(field: FieldInfo) -> str:
-    """`a|b` for a choice, else the bounds."""
+    """`a|b` for a choice, and the bounds."""
     choice = [part for part in (field.annotation, *get_args(field.annotation)) if get_origin(part) is Literal]
-    if choice:
-        return "|".join(map(str, get_args(choice[0])))
     if field.annotation is bool:
         return "true|false"
-    return ", ".join(
+    bounds = ", ".join(
         f"{sign} {getattr(limit, name):g}" for limit in limits_of(field) for kind, name, sign in SIGNS if isinstance(limit, kind)
     )
+    return " or ".join(filter(None, ["|".join(map(str, get_args(choice[0]))) if choice else "", bounds]))
 
 
 def limits_of(field: FieldInfo) -> list[object]:

@@ -56,13 +56,19 @@ def open_redis(settings: Settings, shutdown: Shutdown) -> Iterator[RedisClient]:
             yield from _announced(client, f"the server on {LOCAL[0]}:{LOCAL[1]}")
 
 
+def server_url(settings: Settings) -> str:
+    """Where the server is that the settings, or the first run, chose; before a first run the local one. Starts nothing, writes nothing."""
+    configured = settings.redis.url
+    if configured:
+        return configured.get_secret_value()
+    if (settings.run.data_dir / "redis.json").exists() and chosen_server(settings.run.data_dir) == "embedded":
+        return f"unix://{_socket_path((settings.run.data_dir / 'redis').resolve())}"
+    return f"redis://{LOCAL[0]}:{LOCAL[1]}/0"
+
+
 def existing_redis(settings: Settings) -> RedisClient | None:
     """A client of the server that is there now; None if none answers. Starts nothing, writes nothing (a dry run)."""
-    configured = settings.redis.url
-    places = [configured.get_secret_value()] if configured else [f"redis://{LOCAL[0]}:{LOCAL[1]}/0"]
-    if not configured and (settings.run.data_dir / "redis.json").exists() and chosen_server(settings.run.data_dir) == "embedded":
-        places = [f"unix://{_socket_path((settings.run.data_dir / 'redis').resolve())}"]
-    client = _client(places[0], settings)
+    client = _client(server_url(settings), settings)
     try:
         client.ping()
     except Transient:

@@ -84,6 +84,10 @@ class GroupMissing(Transient):
     """NOGROUP: the stream or its consumer group is gone (FLUSHALL, DEL); join again."""
 
 
+class BackupError(Permanent):
+    """A backup cannot be taken or restored as things are. The text says what stands and what to do."""
+
+
 class ScriptRefused(Permanent):
     """A transition was refused for the data it was given: a key of another type, a malformed batch."""
 

@@ -127,6 +127,32 @@ class Keys:
         """For SCAN: the sets of `account`, or of all. Those of an account whose name goes on with a colon match too."""
         return f"{escaped(self.stream)}:processed:{'*' if account is None else escaped(account)}:*"
 
+    def patterns(self) -> tuple[str, str, str]:
+        """For SCAN: every key that `is_data` may be true of, once each."""
+        return "producer_state:*", escaped(self.stream), f"{escaped(self.stream)}:*"
+
+    def is_data(self, key: str) -> bool:
+        """Whether `key` belongs into a backup: all of ours but the daemons that are at work now and what a restore has laid aside."""
+        ours = self.is_of_stream(key) or key.startswith("producer_state:")
+        return ours and key != self.daemons and not key.startswith(f"{self.stream}:restoring:")
+
+    def is_of_stream(self, key: str) -> bool:
+        return key == self.stream or key.startswith(f"{self.stream}:")
+
+    def is_processed(self, key: str) -> bool:
+        return key.startswith(f"{self.stream}:processed:")
+
+    def is_last_uid(self, key: str) -> bool:
+        return key.startswith("producer_state:") and key.endswith(":last_uid")
+
+    def restoring(self, nonce: str, number: int) -> str:
+        """Where a restore keeps its key `number` (from 0) until all are there and take their places in one step."""
+        return f"{self.stream}:restoring:{nonce}:{number}"
+
+    def restoring_pattern(self) -> str:
+        """For SCAN: what restores have laid aside."""
+        return f"{escaped(self.stream)}:restoring:*"
+
     def bytes_read(self, account: str, moment: str) -> str:
         """Counter of the bytes read from `account` on the day of `moment` (ISO 8601, UTC)."""
         return f"producer_state:{account}:bytes:{day_of(moment)}"

@@ -6,14 +6,18 @@ Who calls decides whether to repeat it (`src.common.retry`), and every transitio
 
 from __future__ import annotations
 
+import socket
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import redis
+from redis._parsers import Encoder
 from redis.backoff import NoBackoff
+from redis.connection import PythonRespSerializer
 from redis.retry import Retry
 
 from src.common.circuit_breaker import CircuitBreaker
@@ -28,6 +32,7 @@ from src.common.exceptions import (
 )
 from src.common.health import Memory
 from src.common.scripts import load
+from src.common.timing import NO_STOPWATCH
 
 Arg = str | bytes | int | float
 Fields = dict[str, str]
@@ -54,6 +59,11 @@ class Transport(Protocol):
 
     def execute_command(self, *args: Arg) -> Any: ...
 
+    def pipeline(self, transaction: bool) -> Any: ...
+
+    @property
+    def connection_pool(self) -> Any: ...
+
     def close(self) -> None: ...
 
 
@@ -64,16 +74,26 @@ class RedisClient:
     (NOGROUP), ScriptRefused (the data cannot be taken as they are), ConfigurationError (password or ACL).
 
     `breaker`: set by a daemon, so that of all its threads one asks a server that is away, and the others are told so at once,
-    by RedisUnavailable; who repeats calls does not notice.
+    by RedisUnavailable; who repeats calls does not notice. `stopwatch`: set by a daemon; times each call that is answered, but not
+    XREADGROUP, which waits for mail on purpose.
     """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.breaker: CircuitBreaker | None = None
+        self.stopwatch = NO_STOPWATCH
 
     @classmethod
-    def connect(cls, url: str, *, max_connections: int, socket_timeout: float) -> RedisClient:
+    def connect(
+        cls,
+        url: str,
+        *,
+        max_connections: int,
+        socket_timeout: float,
+        not_utf8: Literal["replace", "surrogateescape"] = "replace",
+    ) -> RedisClient:
         """A client of `url` (redis://, rediss://, unix://). Nothing is sent yet. `socket_timeout` in seconds, above any block time.
+        `not_utf8`: what becomes of bytes that are no UTF-8: U+FFFD, or surrogates that are sent back as the same bytes.
 
         Raises ConfigurationError for an address that cannot be one.
         """
@@ -82,12 +102,13 @@ class RedisClient:
                 url,
                 protocol=2,
                 decode_responses=True,
-                encoding_errors="replace",
+                encoding_errors=not_utf8,
                 socket_timeout=socket_timeout,
                 socket_connect_timeout=min(socket_timeout, 5.0),
                 retry=Retry(NoBackoff(), 0),
                 max_connections=max_connections,
                 health_check_interval=0,
+                command_packer=None if not_utf8 == "replace" else _packer(not_utf8),
                 driver_info=None,  # no CLIENT SETINFO at each connect: Redis 7.0 does not know it, and an ACL would have to allow it
             )
         except ValueError:  # its text may hold a part of the password
@@ -112,7 +133,18 @@ class RedisClient:
 
     def call(self, *command: Arg) -> Any:
         """One command, its RESP2 reply with text decoded as UTF-8 (what is not UTF-8 becomes U+FFFD)."""
-        return self._guarded(lambda: self._transport.execute_command(*command))
+        return self._guarded(lambda: self.stopwatch.time(lambda: self._transport.execute_command(*command)))
+
+    def call_all(self, commands: Sequence[Sequence[Arg]]) -> list[Any]:
+        """Several commands in one round trip, each by itself. The first refusal is raised; the others are done nevertheless."""
+
+        def send() -> list[Any]:
+            with self._transport.pipeline(transaction=False) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)
+                return list(pipeline.execute())
+
+        return list(self._guarded(send)) if commands else []
 
     def run(self, name: str, keys: Sequence[str], args: Sequence[Arg]) -> Any:
         """The transition `lua/<name>.lua` in one round trip (EVALSHA; a server that does not know it yet gets it by EVAL)."""
@@ -124,7 +156,7 @@ class RedisClient:
             except redis.exceptions.NoScriptError:
                 return self._transport.execute_command("EVAL", script.source, len(keys), *keys, *args)
 
-        return self._guarded(send)
+        return self._guarded(lambda: self.stopwatch.time(send))
 
     def _guarded(self, send: Callable[[], Any]) -> Any:
         """`send()`, its errors as ours, and what became of it told to the breaker."""
@@ -138,11 +170,27 @@ class RedisClient:
     def ping(self) -> None:
         self.call("PING")
 
+    @contextmanager
+    def bare_connection(self) -> Iterator[socket.socket]:
+        """A connection of its own, encrypted and logged in as all are, for what is no command and reply. Closed at the end."""
+        connection = self._transport.connection_pool.make_connection()
+        try:
+            _translated(connection.connect)
+            yield connection._sock
+        finally:
+            connection.disconnect()
+
+    @property
+    def database(self) -> int:
+        """The number of the database that the address names."""
+        return int(self._transport.connection_pool.connection_kwargs.get("db") or 0)
+
     # streams
 
     def read_new(self, stream: str, group: str, consumer: str, *, count: int, block_ms: int) -> list[tuple[str, Fields]]:
         """XREADGROUP … > : up to `count` new entries, waiting up to `block_ms` for the first. [(stream id, fields)]"""
-        reply = self.call("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "BLOCK", block_ms, "STREAMS", stream, ">")
+        command = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "BLOCK", block_ms, "STREAMS", stream, ">")
+        reply = self._guarded(lambda: self._transport.execute_command(*command))
         return _entries(reply[0][1]) if reply else []
 
     def entries(self, stream: str, start: str = "-", end: str = "+", *, count: int) -> list[tuple[str, Fields]]:
@@ -194,6 +242,11 @@ class RedisClient:
         except (ConfigurationError, ScriptRefused):
             return ""
         return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info.get('redis_version', '')}"
+
+
+def _packer(not_utf8: str) -> PythonRespSerializer:
+    """hiredis' own knows no surrogates."""
+    return PythonRespSerializer(6_000, Encoder("utf-8", not_utf8, decode_responses=True).encode)  # type: ignore[no-untyped-call]
 
 
 def is_away(error: Exception) -> bool:

@@ -1,6 +1,6 @@
 """One look at Redis a second, by a thread of its own: whether it answers, how full it is; and the heartbeat of this daemon.
 
-What was seen last is kept for /health, /ready and /status, which therefore never wait for Redis.
+What was seen last is kept for /health, /ready, /status and /metrics, which therefore never wait for Redis.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from src.common.clock import Clock
 from src.common.exceptions import BreakerOpen, ConfigurationError, RedisFull, ScriptRefused, Transient
 from src.common.health import Beats, Memory, is_full
 from src.common.keys import Keys
+from src.common.overview import Survey
 from src.common.redis_client import Fields, RedisClient
 from src.common.registry import HEARTBEAT_SECONDS, Registration
 from src.common.shutdown import Shutdown
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 NOT_ASKED = "Redis did not say yet whether it is paused by hand"
+SURVEY_SECONDS = 5.0
 ANSWER_SECONDS = 5.0  # without an answer for so long Redis counts as away, also before the call has timed out
 
 
@@ -63,10 +65,19 @@ def eviction_fault(memory: Memory) -> str:
 
 
 class Watch:
-    """`daemon`: who we are. Start it once the endpoint is open; `stop` takes the daemon out of the registry."""
+    """`daemon`: who we are. `survey`: taken every few seconds too. Start it once the endpoint is open; `stop` takes the daemon out of
+    the registry."""
 
     def __init__(
-        self, redis: RedisClient, keys: Keys, daemon: Registration, limits: Limits, beats: Beats, shutdown: Shutdown, clock: Clock
+        self,
+        redis: RedisClient,
+        keys: Keys,
+        daemon: Registration,
+        limits: Limits,
+        beats: Beats,
+        shutdown: Shutdown,
+        clock: Clock,
+        survey: Survey | None = None,
     ) -> None:
         self._redis = redis
         self._keys = keys
@@ -75,6 +86,7 @@ class Watch:
         self._beats = beats
         self._shutdown = shutdown
         self._clock = clock
+        self._survey = survey
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._answered = clock.monotonic()
@@ -85,6 +97,7 @@ class Watch:
         self._full = False
         self._next_beat = 0.0
         self._paused: Fields | None = None
+        self._next_survey = 0.0
         self._refused = ""  # why Redis does not take our heartbeat
         self._evicts = ""  # what is wrong with its policy
         self._weighed = False
@@ -137,6 +150,11 @@ class Watch:
         """Why somebody holds up what `fields` of `Keys.paused` name, "" if nobody does; not known before Redis answered once."""
         return NOT_ASKED if self._paused is None else pauses.why(self._paused, fields)
 
+    @property
+    def memory(self) -> Memory | None:
+        """As last seen; None before, and where Redis may not be asked."""
+        return self._memory
+
     def server(self) -> dict[str, object]:
         """For /status."""
         memory = self._memory
@@ -168,8 +186,14 @@ class Watch:
         self._paused = self._redis.hash(self._keys.paused)
         self._weigh(self._redis.memory())
         now = self._clock.monotonic()
-        if now < self._next_beat:
-            return
+        if now >= self._next_beat:
+            self._beat()
+            self._next_beat = now + HEARTBEAT_SECONDS
+        if self._survey and now >= self._next_survey:
+            self._survey.take()
+            self._next_survey = now + SURVEY_SECONDS
+
+    def _beat(self) -> None:
         self._persists, self._server = self._redis.persists(), self._redis.version()
         try:
             registry.register(self._redis, self._keys, self._daemon)
@@ -179,7 +203,6 @@ class Watch:
             self._refused = str(error)
         else:
             self._refused = ""
-        self._next_beat = now + HEARTBEAT_SECONDS
 
     def _weigh(self, memory: Memory | None) -> None:
         self._memory = memory

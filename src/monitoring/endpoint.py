@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
+from typing import Literal
 
 import uvicorn
 from starlette.applications import Starlette
@@ -23,8 +24,8 @@ from src.common.shutdown import Shutdown
 log = logging.getLogger(__name__)
 
 
-def open_port(host: str, wanted: int | None, first: int) -> socket.socket:
-    """A listening socket on `wanted`; None: on `first` or the next free of a hundred.
+def open_port(host: str, wanted: int | None, first: int, setting: str = "HTTP_PORT") -> socket.socket:
+    """A listening socket on `wanted`; None: on `first` or the next free of a hundred. `setting`: what chose it.
 
     Raises ConfigurationError where a port that was asked for by name is taken.
     """
@@ -38,11 +39,11 @@ def open_port(host: str, wanted: int | None, first: int) -> socket.socket:
             listener.close()
             if wanted is not None:
                 raise ConfigurationError(
-                    f"HTTP_PORT={wanted}: cannot listen on {host}:{wanted} ({error.strerror}); choose another"
+                    f"{setting}={wanted}: cannot listen on {host}:{wanted} ({error.strerror}); choose another"
                 ) from None
             continue
         return listener
-    raise ConfigurationError(f"HTTP_PORT: no free port on {host} from {first} to {first + 99}")
+    raise ConfigurationError(f"{setting}: no free port on {host} from {first} to {first + 99}")
 
 
 HOST = re.compile(r"(\[[^\]]*\]|[^\[\]:]*|[0-9a-f:]*)(?::\d*)?")  # of a Host header: name, address, [IPv6], and a port
@@ -69,11 +70,12 @@ def serve(
     hosts: Collection[str],
     shutdown: Shutdown,
     routes: Sequence[Route] = (),
+    title: str = "health",
 ) -> Callable[[], None]:
     """Answer GET on `listener` from a thread of its own. Returns the function that ends it.
 
     `pages`: path → what makes its JSON, each time in a thread of a pool: one that hangs on a disk holds up no other. `routes`: pages that
-    are no JSON. `hosts`: see `allowed_hosts`.
+    are no JSON. `hosts`: see `allowed_hosts`. `title`: of the page that the log names.
     """
 
     def route(path: str, page: Callable[[], Page]) -> Route:
@@ -118,13 +120,39 @@ def serve(
             server.run(sockets=[listener])
 
     thread = shutdown.guard("endpoint", run)
-    log.info("health: %s/health", address_of(listener))
+    log.info("%s: %s/%s", title, address_of(listener), title)
 
     def stop() -> None:
         server.should_exit = True
         thread.join(timeout=3)
 
     return stop
+
+
+def plain(path: str, content_type: str, make: Callable[[], bytes]) -> Route:
+    """A page that is no `Page`: what `make` returns, made anew for each request in a thread of the pool."""
+
+    def answer(request: Request) -> Response:
+        return Response(make(), headers={"content-type": content_type})
+
+    return Route(path, answer)
+
+
+def serve_metrics(
+    host: str, port: int | Literal["off"] | None, page: Route, hosts: Collection[str], shutdown: Shutdown
+) -> Callable[[], None]:
+    """METRICS_PORT: `page` alone, on a port of its own, where one is wanted. Returns the function that ends it.
+
+    One that is taken is a warning: the page is on the daemon's own port anyway.
+    """
+    if port is None or port == "off":
+        return lambda: None
+    try:
+        listener = open_port(host, port, 0, "METRICS_PORT")
+    except ConfigurationError as error:
+        log.warning("%s, or METRICS_PORT=off. /metrics is answered on the daemon's own port (HTTP_PORT) all the same", error)
+        return lambda: None
+    return serve(listener, {}, hosts, shutdown, [page], "metrics")
 
 
 def address_of(listener: socket.socket) -> str:

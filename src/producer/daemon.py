@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -13,6 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from typing import Literal
+
+from prometheus_client import CollectorRegistry
+from starlette.routing import Route
 
 from config.accounts import Account
 from config.settings import MailSettings, Settings
@@ -26,13 +30,17 @@ from src.common.clock import Clock, iso
 from src.common.exceptions import ConfigurationError, MailboxMissing, ReauthRequired, TokenEndpointUnavailable, Transient
 from src.common.health import Beats, Page, intake_reasons, liveness, readiness
 from src.common.keys import Keys
+from src.common.overview import Survey
 from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
 from src.common.registry import Registration
 from src.common.shutdown import Shutdown
+from src.common.timing import ROUND_TRIP, WORK, Histogram, Stopwatch
 from src.common.watch import Limits, Watch, check_policy
 from src.common.watchdog import Watchdog
 from src.imap.imap_client import ImapEndpoint, ImapMailbox
-from src.monitoring import endpoint
+from src.monitoring import endpoint, metrics
+from src.monitoring.metrics import Metrics
+from src.producer import numbers
 from src.producer.mailbox import Mailbox, is_down
 from src.producer.repair import Checkup
 from src.producer.state_manager import Held, MarkerFile, StateManager
@@ -40,6 +48,7 @@ from src.producer.state_manager import Held, MarkerFile, StateManager
 log = logging.getLogger(__name__)
 
 FIRST_PORT = 8080
+METRICS_PORT = 9090
 SWEEP_SECONDS = 6 * 3600.0
 WELL = ("STARTING", "CONNECTED", "STANDBY", "STOPPED")
 GMAIL_HOSTS = ("imap.gmail.com", "imap.googlemail.com")
@@ -113,6 +122,9 @@ class Producer:
         self.redis = redis
         redis.breaker = breakers.get("Redis", counts=is_away, open_cap=REDIS_OPEN_SECONDS)
         self.keys = keys = Keys(settings.stream.name)
+        self.survey = Survey(redis, keys, settings.stream.group)
+        self.fetches, self.publishes, self.round_trips = Histogram(WORK), Histogram(ROUND_TRIP), Histogram(ROUND_TRIP)
+        redis.stopwatch = Stopwatch(clock.monotonic, self.round_trips.observe)
         self.watch: Watch | None = None  # under --once nobody asks
         self.began = clock.monotonic()
         place = settings.run.raw_archive
@@ -140,6 +152,8 @@ class Producer:
                 gate=lambda: self.watch.full if self.watch else "",
                 pause=lambda: self._paused(pauses.fields_of(account, name)),
                 checkup=checkup,
+                fetching=Stopwatch(clock.monotonic, self.fetches.observe),
+                publishing=Stopwatch(clock.monotonic, self.publishes.observe),
             )
 
         self.mailboxes = [mailbox(access, name) for access in accesses for name in access.account.mail.mailboxes]
@@ -167,7 +181,10 @@ class Producer:
         self.watch = watch = self._watch(me)
         pages = {"/health": self.health, "/ready": self.ready, "/status": lambda: self.status(me)}
         hosts = endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts)
-        stop_endpoint = endpoint.serve(listener, pages, hosts, shutdown)
+        page = endpoint.plain("/metrics", metrics.CONTENT_TYPE, Metrics(CollectorRegistry(), metrics.PRODUCER, self.numbers).text)
+        stop_endpoint = endpoint.serve(listener, pages, hosts, shutdown, [page, self._targets(me)])
+        metrics_port = METRICS_PORT if run.metrics_port is None else run.metrics_port
+        stop_metrics = endpoint.serve_metrics(run.http_host, metrics_port, page, hosts, shutdown)
         watch.start(self.settings.redis.socket_timeout)
         readers = [shutdown.guard(mailbox.title, mailbox.run) for mailbox in self.mailboxes]
         shutdown.guard("leases", self._keep_leases)
@@ -180,6 +197,7 @@ class Producer:
         shutdown.add_step(50, "side threads", self.stopped.set)
         shutdown.add_step(55, "registration", watch.stop)
         shutdown.add_step(60, "endpoint", stop_endpoint)
+        shutdown.add_step(60, "metrics", stop_metrics)
         shutdown.add_step(70, "spans", tracing.end)
         while not shutdown.wait(run.stats_interval):
             self._report()
@@ -234,7 +252,7 @@ class Producer:
     def _watch(self, me: Registration) -> Watch:
         redis = self.settings.redis
         limits = Limits(redis.memory_high, redis.memory_low, redis.allow_eviction)
-        return Watch(self.redis, self.keys, me, limits, self.beats, self.shutdown, self.clock)
+        return Watch(self.redis, self.keys, me, limits, self.beats, self.shutdown, self.clock, self.survey)
 
     # what its endpoint says
 
@@ -257,6 +275,21 @@ class Producer:
             "breakers": self.breakers.snapshot(),
             "redis": self.watch.server() if self.watch else {},
         }
+
+    def numbers(self) -> metrics.Numbers:
+        """For /metrics."""
+        return {
+            **numbers.of_mailboxes(self.mailboxes, self.clock, full=bool(self.watch and self.watch.full)),
+            **numbers.of_stream(self.survey, self.settings.stream),
+            "email_producer_fetch_seconds": self.fetches,
+            "email_producer_publish_seconds": self.publishes,
+            **metrics.of_both(VERSION, "producer", self.watch, self.round_trips, self.breakers.snapshot()),
+        }
+
+    def _targets(self, me: Registration) -> Route:
+        return endpoint.plain(
+            "/targets", "application/json", lambda: json.dumps(metrics.targets(me, self.survey.daemons)).encode()
+        )
 
     def _degraded(self) -> list[str]:
         """One sentence for each thing that does not go as it should, though a restart would not help."""

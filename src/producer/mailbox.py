@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
@@ -30,6 +31,7 @@ from src.common.exceptions import (
 from src.common.health import Beats
 from src.common.retry import retry_on_imap_error, retry_on_oauth_error
 from src.common.shutdown import Shutdown
+from src.common.timing import NO_STOPWATCH, Stopwatch
 from src.imap.imap_client import session_over
 from src.producer.plan import State
 from src.producer.progress import Progress
@@ -46,6 +48,35 @@ LOOK_SECONDS = 2.0  # between two looks at that file
 PAUSE_SECONDS = 1.0  # between two looks whether somebody resumed it
 BACKOFF_CAP = 300.0  # longest wait between two sessions that break off
 SHORT_SECONDS = 60.0  # a session that broke off sooner counts as one that breaks off again and again
+
+STATES = (
+    "STARTING",
+    "CONNECTED",
+    "PAUSED",
+    "BACKFILL_PAUSED",
+    "REREADING",
+    "STANDBY",
+    "DISCONNECTED",
+    "OVERQUOTA",
+    "THROTTLED",
+    "CONNECTIONS",
+    "REAUTH_REQUIRED",
+    "MISCONFIGURED",
+    "STOPPED",
+)
+REASONS = (
+    "session_over",
+    "broke_off",
+    "unreachable",
+    "incomplete",
+    "overquota",
+    "throttled",
+    "connections",
+    "not_ours",
+    "refused",
+    "misconfigured",
+    "other",
+)
 
 SESSION_SECONDS = 1800.0  # a new session sees a new UIDVALIDITY; Gmail ends one after an hour anyway
 
@@ -66,12 +97,24 @@ def is_down(error: Exception) -> bool:
     return isinstance(error, ImapUnavailable) and not session_over(str(error))
 
 
+def reason_of(error: Exception) -> str:
+    """Which of `REASONS` ended a session that ended with `error`."""
+    if isinstance(error, ImapThrottled):
+        return error.kind.lower()
+    if isinstance(error, ImapUnavailable):
+        return "session_over" if session_over(str(error)) else "broke_off"
+    kinds = {NotOurs: "not_ours", ImapIncomplete: "incomplete", ReauthRequired: "refused"}
+    kinds |= {MailboxMissing: "misconfigured", ConfigurationError: "misconfigured"}
+    return kinds.get(type(error), "other")
+
+
 @dataclass
 class Mailbox:
     """`connect`: access token or password → a session, not yet entered. `new_id`: a fresh random id. `breaker`: of the IMAP server,
     shared by the mailboxes on it. `gate`: why nothing may be taken in now, "" if it may. `pause`: why somebody holds this mailbox up,
-    "" if nobody does. `checkup`: see `Reader`. `status` and `why`: see `state`. `owns`: we hold its lease, as far as we know: it is to
-    be renewed. `broken`: sessions that broke off soon, one after the other."""
+    "" if nobody does. `checkup`, `fetching`, `publishing`: see `Reader`. `status` and `why`: see `state`. `token`: what was known of
+    the token at the last login. `reconnects`: sessions that ended or could not be opened, by `REASONS`. `owns`: we hold its lease, as
+    far as we know: it is to be renewed. `broken`: sessions that broke off soon, one after the other."""
 
     settings: Settings
     account: str
@@ -89,11 +132,15 @@ class Mailbox:
     gate: Callable[[], str] = lambda: ""
     pause: Callable[[], str] = lambda: ""
     checkup: CheckupCall = no_checkup
+    fetching: Stopwatch = NO_STOPWATCH
+    publishing: Stopwatch = NO_STOPWATCH
     status: str = "STARTING"
     why: str = ""
     owns: bool = False
     broken: int = 0
     entered: float = 0.0
+    token: Mapping[str, object] = field(default_factory=dict)
+    reconnects: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.title = f"{self.account}/{self.name}"
@@ -111,6 +158,8 @@ class Mailbox:
             self.archive,
             self._gate,
             self.checkup,
+            self.fetching,
+            self.publishing,
         )
 
     # what /status says of it
@@ -296,6 +345,16 @@ class Mailbox:
     # a session
 
     def _in_session(self, state: State | None, *, forever: bool) -> None:
+        try:
+            self._session(state, forever=forever)
+        except (IngestionError, NotOurs) as error:
+            if not isinstance(error, BreakerOpen):  # then nothing was tried
+                self.reconnects[reason_of(error)] += 1
+            raise
+        if not self.shutdown.requested:
+            self.reconnects["session_over"] += 1
+
+    def _session(self, state: State | None, *, forever: bool) -> None:
         with self._open() as session:
             self.pulse.turn()
             self.entered = self.clock.monotonic()
@@ -358,6 +417,7 @@ class Mailbox:
             try:
                 return _Entered(manager, self.breaker.call(manager.__enter__))
             except ImapUnavailable as error:
+                self.reconnects["unreachable"] += 1
                 self._disconnected(error)
                 raise
 
@@ -368,7 +428,9 @@ class Mailbox:
         def ask() -> str:
             self.pulse.turn()
             try:
-                return self.tokens.access_token(refuse=refuse)
+                secret = self.tokens.access_token(refuse=refuse)
+                self.token = self.tokens.facts()
+                return secret
             except TokenEndpointUnavailable as error:
                 self._disconnected(error)
                 raise

@@ -17,6 +17,7 @@ from src.common.batch import split
 from src.common.clock import Clock, iso
 from src.common.correlation import correlated, traceparent_of
 from src.common.exceptions import ArchiveUnavailable, ImapIncomplete
+from src.common.timing import NO_STOPWATCH, Stopwatch
 from src.imap.imap_client import Folder, Meta
 from src.mail.parse import parse, stub
 from src.mail.record import Envelope, gmail_email_id, hashed_email_id, header_email_id, in_mailbox_scope, to_fields
@@ -78,6 +79,8 @@ class Reader:
     with `late:` before it only for mail that should be known. `unaccounted`: how many mails the last look back found known nowhere
     although they count, or deleted from Redis by hand; they are published at once. For /status: `last_uid`, `waiting` (mails listed
     without a fate yet), `contact` (when the server last answered, monotonic), `rereading` (Redis had forgotten the mailbox).
+    For /metrics: `fetched` mails and `fetched_bytes` of bodies, `passed` (see `State`; None before the first poll), `looks_back`; the
+    stopwatches time each FETCH of bodies and each publish of mails.
     Methods raise what RedisClient and the session raise, and NotOurs.
     """
 
@@ -93,6 +96,8 @@ class Reader:
     archive: Archive | None = None
     gate: Callable[[], str] = lambda: ""
     checkup: CheckupCall = no_checkup
+    fetching: Stopwatch = NO_STOPWATCH
+    publishing: Stopwatch = NO_STOPWATCH
     paused: str = ""
     only_old: bool = False
     last_uid: int = 0
@@ -101,13 +106,16 @@ class Reader:
     rereading: bool = False
     published: int = 0
     known: int = 0
+    fetched: int = 0
+    fetched_bytes: int = 0
+    passed: int | None = None
     unaccounted: int = 0
+    looks_back: int = 0
     resync: str = ""
     epoch: int = 0
     _ahead: int = 0
     _next_look_ahead: float = 0.0
     _next_look_back: float = 0.0
-    _looks_back: int = 0
     _found: int = 0
     _checked: bool = False
     _spent: tuple[date | None, int] = (None, 0)
@@ -205,13 +213,13 @@ class Reader:
         dated = set(session.uids_since(day, state.last_uid + 1)) if day else None
         uids = plan.candidates(state, listed, dated)
         self.answered()
-        self.last_uid, self.waiting = state.last_uid, len(uids)
+        self.last_uid, self.passed, self.waiting = state.last_uid, state.passed, len(uids)
         start, looked_at = state, set(uids)
         left_out = [uid for uid in listed if uid not in looked_at]
         self.progress.start(len(uids))
         for window in self._windows(uids):
             state = self._read_window(session, state, window, plan.counts, left_out)
-            self.last_uid, self.waiting = state.last_uid, self.waiting - len(window)
+            self.last_uid, self.passed, self.waiting = state.last_uid, state.passed, self.waiting - len(window)
             self.progress.advance(len(window))
             if self.pulse.shutdown.requested:
                 return state
@@ -223,7 +231,7 @@ class Reader:
         if by_date:
             log.info("%s: the read by date is complete, %d mails were left out", self.pulse.title, done.passed)
         self.remember(done, force=by_date)
-        self.last_uid, self.rereading = done.last_uid, False
+        self.last_uid, self.passed, self.rereading = done.last_uid, done.passed, False
         return done
 
     def answered(self) -> None:
@@ -262,9 +270,9 @@ class Reader:
             return
         self._next_look_back = now + self.settings.mail.relist_interval
         found = session.uids_from(max(1, state.last_uid - LATE_SPAN))[-LATE:]
-        if self._looks_back % 6 == 5:
+        if self.looks_back % 6 == 5:
             found = sorted({*found, *self._of_two_days(session)})
-        self._looks_back += 1
+        self.looks_back += 1
         self._found = 0
         self._read_passed(session, state, found, plan.counts_late)
         if not self.pulse.shutdown.requested:
@@ -414,9 +422,11 @@ class Reader:
         whole = [meta.uid for meta, _ in wanted if meta.size <= most and meta.uid not in self._given_up]
         self.pulse.turn()
         began = self.clock.wall().timestamp()
-        bodies = session.bodies(whole) if whole else {}
+        bodies = self.fetching.time(lambda: session.bodies(whole)) if whole else {}
         self.answered()
-        self._spent = (self.clock.wall().date(), self._spend(sum(map(len, bodies.values()))))
+        size = sum(map(len, bodies.values()))
+        self.fetched, self.fetched_bytes = self.fetched + len(bodies), self.fetched_bytes + size
+        self._spent = (self.clock.wall().date(), self._spend(size))
         had = set(bodies) | {meta.uid for meta, _ in wanted if meta.uid not in whole}
         ready, withheld = plan.prefix([meta.uid for meta, _ in wanted], had)
         kept = [uid for uid in ready if uid in bodies]
@@ -498,13 +508,16 @@ class Reader:
         most_live = max(1, limit // 10) if old else limit  # so that new mail is never behind old
         batch, said = self.new_id(), False
         traces = [mail.traceparent for mail in mails]
+        stopwatch = self.publishing if mails else NO_STOPWATCH
         waits_until = self.clock.monotonic() + FULL_SECONDS
         while True:
             self.pulse.turn()
             with tracing.span("publish", links=traces, mails=len(mails)) if mails else nullcontext():
                 answer = self.pulse.ask_redis(
-                    lambda: self.states.publish(
-                        mails, batch=batch, expected=expected, state=state, now=self.clock.wall(), most_live=most_live
+                    lambda: stopwatch.time(
+                        lambda: self.states.publish(
+                            mails, batch=batch, expected=expected, state=state, now=self.clock.wall(), most_live=most_live
+                        )
                     )
                 )
             if answer.verdict in ("OK", "ALREADY"):

@@ -46,6 +46,7 @@ STOP_SECONDS = 40.0  # a process gets to end after SIGTERM; longer than SHUTDOWN
 # A demo has no hour to wait: shorter leases and delays than the defaults, nothing else is different.
 SETTINGS = {
     "HTTP_PORT": "0",
+    "METRICS_PORT": "off",
     "LEASE_SECONDS": "8",
     "MAX_ATTEMPTS": "3",
     "BACKOFF_BASE": "0.5",

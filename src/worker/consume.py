@@ -15,6 +15,7 @@ from src.common.batch import each_answered
 from src.common.circuit_breaker import Breakers
 from src.common.clock import Clock
 from src.common.exceptions import ScriptRefused, Transient
+from src.common.timing import WAY, Histogram
 from src.worker import dlq, idempotency, recovery
 from src.worker.delivery import Delivery, Seat
 from src.worker.dlq import Failed, Failure
@@ -24,6 +25,7 @@ from src.worker.steps import LocalServices
 
 log = logging.getLogger(__name__)
 
+MOST_ERRORS = 50  # classes of errors that are told apart in `dead`; a handler may raise any number of them
 LAST = 100  # outcomes that are remembered; where half of them are deaths of one error group, something is broken
 
 
@@ -32,7 +34,9 @@ class Consumer:
     """One consumer of the group. Its methods may be called from several threads; each may raise what RedisClient raises.
 
     `again`: repeats a call of a handler while Redis is away. `alone_ready`: may a suspect begin, that is: does the process in which it
-    will run alone stand ready? `pause`: why somebody holds up all workers, "" if nobody does.
+    will run alone stand ready? `pause`: why somebody holds up all workers, "" if nobody does. `dead`: how many mails died, by the class
+    of their error (the first `MOST_ERRORS`, then `other`).
+    `way`: from a mail's entry into the stream, by the server's clock, until it was recorded as done, by ours.
     """
 
     seat: Seat
@@ -46,6 +50,8 @@ class Consumer:
     alone_ready: Callable[[], bool] = lambda: True
     pause: Callable[[], str] = lambda: ""
     counts: Counter[str] = field(default_factory=Counter)
+    dead: Counter[str] = field(default_factory=Counter)
+    way: Histogram = field(default_factory=lambda: Histogram(WAY))
     blocked: str = ""
 
     def __post_init__(self) -> None:
@@ -257,7 +263,7 @@ class Consumer:
             self.counts["refused"] += 1
         elif answer.verdict == "POISON":
             log.error("%s ended the process that it was alone in, again and again: buried", mail.email_id)
-            self.counts["dead"] += 1
+            self._died("Poison")
         elif answer.verdict == "DUP":
             log.debug("duplicate of %s dropped", mail.email_id)
             self.counts["duplicates"] += 1
@@ -298,7 +304,9 @@ class Consumer:
         """Record what became of mails, each by its own verdict. Safe to repeat after an error."""
         done = [outcome for outcome in outcomes if isinstance(outcome, Done)]
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-        for finished, verdict in zip(done, each_answered(self._complete, done), strict=True):
+        verdicts = each_answered(self._complete, done)
+        self._time_done(done, verdicts)
+        for finished, verdict in zip(done, verdicts, strict=True):
             self._log_done(finished, verdict)
         self._drop([finished.delivery for finished in done])
         for failure, answer in zip(failures, each_answered(self._fail, failures), strict=True):
@@ -332,6 +340,19 @@ class Consumer:
             self.counts["refused"] += 1
             log.error("Redis refuses to complete %s: %s. It is tried again after its lease.", email_id, verdict)
 
+    def _time_done(self, done: Sequence[Done], verdicts: Sequence[idempotency.Settled | ScriptRefused]) -> None:
+        now = self.clock.wall().timestamp() * 1000
+        entered = [
+            int(mail.delivery.stream_id.partition("-")[0])
+            for mail, verdict in zip(done, verdicts, strict=True)
+            if verdict in ("OK", "ALREADY")
+        ]
+        self.way.observe_all([(now - moment) / 1000 if moment < now else 0.0 for moment in entered])  # two clocks
+
+    def _died(self, error_type: str) -> None:
+        self.counts["dead"] += 1
+        self.dead[error_type if error_type in self.dead or len(self.dead) < MOST_ERRORS else "other"] += 1
+
     def _log_failed(self, failure: Failure, answer: Failed | ScriptRefused) -> None:
         email_id, error = failure.delivery.email_id, f"{failure.error_type}: {failure.error}"
         if isinstance(answer, ScriptRefused):
@@ -344,7 +365,7 @@ class Consumer:
             self.counts["retried"] += 1
             log.warning("attempt %d of %s failed (%s), next in %.1f s", answer.attempts, email_id, error, failure.delay)
         elif answer.verdict == "DEAD":
-            self.counts["dead"] += 1
+            self._died(failure.error_type)
             if failure.verb != "foreign":
                 self._deaths.append(dlq.fingerprint(failure.error_type, failure.error, failure.traceback))
             plural = "" if answer.attempts == 1 else "s"

@@ -14,6 +14,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+
 from config.routes import Route
 from config.settings import Settings
 from src import VERSION
@@ -29,10 +31,12 @@ from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
 from src.common.registry import Registration
 from src.common.retry import retry_on_redis_error
 from src.common.shutdown import Shutdown
+from src.common.timing import ROUND_TRIP, Histogram, Stopwatch
 from src.common.watch import Limits, Watch, check_policy
 from src.common.watchdog import Watchdog
-from src.monitoring import endpoint
-from src.worker import dlq, recovery
+from src.monitoring import endpoint, metrics
+from src.monitoring.metrics import Metrics
+from src.worker import dlq, numbers, recovery
 from src.worker.child import Child
 from src.worker.consume import Consumer
 from src.worker.delivery import Seat
@@ -87,9 +91,11 @@ class Worker:
         self.stopped = threading.Event()
         self.joined = False
         self.began = clock.monotonic()
-        redis.breaker = Breakers(rules_of(settings.breakers), clock.monotonic, random.random).get(
+        self.redis_breaker = redis.breaker = Breakers(rules_of(settings.breakers), clock.monotonic, random.random).get(
             "Redis", counts=is_away, open_cap=REDIS_OPEN_SECONDS
         )
+        self.round_trips = Histogram(ROUND_TRIP)
+        redis.stopwatch = Stopwatch(clock.monotonic, self.round_trips.observe)
         self.me = Registration("worker", name, "", VERSION, socket.gethostname(), os.getpid(), iso(clock.wall()))
         self.watch: Watch | None = None
 
@@ -149,7 +155,10 @@ class Worker:
         listener = endpoint.open_port(run.http_host, run.http_port, FIRST_PORT)
         self.me = replace(self.me, address=endpoint.address_of(listener))
         pages = {"/health": self.health, "/ready": self.ready, "/status": self.status}
-        return endpoint.serve(listener, pages, endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts), self.shutdown)
+        hosts = endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts)
+        page = endpoint.plain("/metrics", metrics.CONTENT_TYPE, Metrics(CollectorRegistry(), metrics.WORKER, self.numbers).text)
+        self.shutdown.add_step(60, "metrics", endpoint.serve_metrics(run.http_host, run.metrics_port, page, hosts, self.shutdown))
+        return endpoint.serve(listener, pages, hosts, self.shutdown, [page])
 
     def _watch(self) -> Watch:
         redis = self.settings.redis
@@ -180,6 +189,14 @@ class Worker:
             "counts": dict(consumer.counts),
             "breakers": self.breakers.snapshot(),
             "redis": self.watch.server() if self.watch else {},
+        }
+
+    def numbers(self) -> metrics.Numbers:
+        """For /metrics. A breaker that a handler calls Redis hides ours, which email_redis_up tells too."""
+        breakers = {"Redis": self.redis_breaker.snapshot(), **self.breakers.snapshot()}
+        return {
+            **numbers.of_work(self.consumer, self.runners, joined=self.joined),
+            **metrics.of_both(VERSION, "worker", self.watch, self.round_trips, breakers),
         }
 
     def _degraded(self) -> list[str]:

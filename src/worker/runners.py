@@ -19,6 +19,7 @@ from datetime import timedelta
 from src.common.clock import Clock
 from src.common.exceptions import Fatal, IngestionError
 from src.common.shutdown import Shutdown
+from src.common.timing import WORK, Histogram
 from src.worker.backoff import decide
 from src.worker.child import Child, Ended, Job
 from src.worker.consume import Consumer
@@ -54,7 +55,8 @@ class Turn:
 class Runners:
     """All places of one worker. `hand_on`: takes an outcome from any thread. `new_child`: a process with the handlers, not yet ready.
 
-    `in_processes`: handlers run in processes, one to a thread.
+    `in_processes`: handlers run in processes, one to a thread. `took`: by handler, how long each call of it took that came to an end or
+    was given up; a call with a batch is one.
     """
 
     consumer: Consumer
@@ -72,6 +74,7 @@ class Runners:
         self._children: set[Child] = set()
         self._ended = False
         self._numbers = {handler: number for number, handler in reversed([*enumerate(self.consumer.handlers.all)])}
+        self.took = {handler.spec: Histogram(WORK) for handler in self.consumer.handlers.all}
         self.batches = any(handler.kind == "batch" for handler in self.consumer.handlers.all)
         self._most_given_up = self.consumer.work.concurrency
         self._given_up = 0
@@ -151,9 +154,14 @@ class Runners:
             del self._turns[turn.thread]
         for outcome in outcomes:
             self.settle(outcome)
-        took = (self.clock.monotonic() - turn.began) / len(turn.mails)
-        self.seconds += 0.05 * (took - self.seconds)
+        took = self.clock.monotonic() - turn.began
+        self.took[turn.mails[0].handler.spec].observe(took)
+        self.seconds += 0.05 * (took / len(turn.mails) - self.seconds)
         return True
+
+    def time(self, mail: Started, began: float) -> None:
+        """A call of this mail's handler, which `began` then, is over."""
+        self.took[mail.handler.spec].observe(self.clock.monotonic() - began)
 
     def _handle_here(self, mails: Sequence[Started]) -> list[Outcome]:
         consumer = self.consumer
@@ -197,6 +205,7 @@ class Runners:
             ", ".join(mail.delivery.email_id for mail in turn.mails[:3]),
             " > ".join(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames[-3:]),
         )
+        self.time(turn.mails[0], turn.began)
         for mail in turn.mails:
             self.settle(self.timed_out(mail, stack))
         self._start_thread("handler-instead")
@@ -294,7 +303,9 @@ class Suspects:
                 self._handle(self._child, mail)
 
     def _handle(self, child: Child, mail: Started) -> None:
+        began = self.runners.clock.monotonic()
         outcomes = self.runners.handle_there(child, [mail])
+        self.runners.time(mail, began)
         if isinstance(outcomes, Ended):
             self._close()
             outcomes = [self.runners.crashed(mail, outcomes)]
@@ -340,8 +351,10 @@ class Loop:
         services = runners.consumer.services(mail)
         timeout = mail.handler.timeout
         deadline = runners.clock.wall() + timedelta(seconds=timeout)
+        began = runners.clock.monotonic()
         work = self._loop.create_task(handle_async(mail, services, runners.consumer.terms, deadline))
         done, _ = await asyncio.wait({work}, timeout=timeout)
+        runners.time(mail, began)
         if done:
             runners.settle(runners.consumer.finished(mail, services, work.result()))
             return

@@ -67,6 +67,7 @@ def _panel(panel: Panel, top: float, across: float, seconds: float) -> list[str]
     highest = max([1.0, *(y for line in panel.lines for _, y in line.points)])
     ticks = _decades(highest) if panel.log else _round(highest)
     base = top + PANEL
+    form = ",.0f" if ticks[1] >= 1 else "g"
 
     def at(value: float) -> float:
         share = log10(max(1.0, value)) / log10(ticks[-1]) if panel.log else value / ticks[-1]
@@ -75,7 +76,7 @@ def _panel(panel: Panel, top: float, across: float, seconds: float) -> list[str]
     out = [f'<text x="{LEFT}" y="{top - 8}" font-weight="bold">{escape(panel.title)}</text>']
     for tick in ticks:
         out.append(f'<line x1="{LEFT}" y1="{at(tick):.1f}" x2="{WIDTH - RIGHT}" y2="{at(tick):.1f}" stroke="{PALE}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{at(tick) + 4:.1f}" text-anchor="end">{tick:,.0f}</text>')
+        out.append(f'<text x="{LEFT - 6}" y="{at(tick) + 4:.1f}" text-anchor="end">{tick:{form}}</text>')
     for second in _round(seconds):
         if second <= seconds:
             x = LEFT + second * across

@@ -32,6 +32,7 @@ class Daemon:
             "HOME": str(tmp),
             "LANG": "C.UTF-8",
             "PYTHONUNBUFFERED": "1",
+            "METRICS_PORT": "off",  # or every producer of a test asks for 9090
             **{name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")},
             **env,
         }

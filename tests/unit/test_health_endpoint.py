@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import Literal
 
 import pytest
 
@@ -18,7 +19,8 @@ from src.common.clock import Clock
 from src.common.exceptions import ConfigurationError
 from src.common.health import Beats, Loop, Memory, Page, intake_reasons, is_full, liveness, readiness, work_reasons
 from src.common.shutdown import Shutdown
-from src.monitoring.endpoint import address_of, allowed_hosts, is_allowed, open_port, serve
+from src.monitoring.endpoint import address_of, allowed_hosts, is_allowed, open_port, plain, serve, serve_metrics
+from src.monitoring.metrics import CONTENT_TYPE
 from tests.support.processes import free_port
 
 
@@ -223,6 +225,70 @@ def test_host_names(header: str, allowed: bool) -> None:
     """Loopback, HTTP_HOST and what HTTP_ALLOWED_HOSTS names, with or without a port."""
     assert is_allowed(header, allowed_hosts("10.1.2.3", ("Twins.internal",))) is allowed
     assert is_allowed(header, allowed_hosts("10.1.2.3", ("*",)))
+
+
+# pages that are no JSON, and the second port
+
+HOSTS = allowed_hosts("127.0.0.1", ())
+METRICS = plain("/metrics", CONTENT_TYPE, lambda: "email_a 1.0 é\n".encode())
+
+
+def whole(url: str, **headers: str) -> tuple[int, str | None, bytes]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+            return answer.status, answer.headers["Content-Type"], answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers["Content-Type"], error.read()
+
+
+def test_a_plain_page_has_its_own_content_type() -> None:
+    """As Prometheus reads it, whatever it asks for, beside the JSON pages; it is named where a page is missing."""
+    listener = open_port("127.0.0.1", 0, 1)
+    url = address_of(listener)
+    stop = serve(listener, {"/health": lambda: (200, {"status": "ok"})}, HOSTS, Shutdown(), [METRICS])
+    for accept in ("*/*", "application/openmetrics-text;version=1.0.0", "text/html"):
+        answer = whole(f"{url}/metrics", Accept=accept)
+        assert answer == (200, "text/plain; version=0.0.4; charset=utf-8", "email_a 1.0 é\n".encode())
+    assert get(f"{url}/health") == (200, {"status": "ok"})
+    assert get(f"{url}/metric") == (404, {"error": "no such page: /metric", "pages": ["/health", "/metrics"]})
+    assert get(f"{url}/metrics", Host="evil.example")[0] == 400
+    assert get(f"{url}/metrics", method="POST")[0] == 405
+    stop()
+
+
+def test_the_second_port_answers_metrics_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Any other path is 404 in JSON, a foreign host 400; the log names its address; its end closes it."""
+    caplog.set_level("INFO")
+    stop = serve_metrics("127.0.0.1", 0, METRICS, HOSTS, Shutdown())
+    [line] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("metrics: ")]
+    url = line.removeprefix("metrics: ").removesuffix("/metrics")
+    assert whole(f"{url}/metrics")[:2] == (200, CONTENT_TYPE)
+    for page in ("", "health", "targets"):
+        assert get(f"{url}/{page}") == (404, {"error": f"no such page: /{page}", "pages": ["/metrics"]})
+    assert get(f"{url}/metrics", Host="evil.example")[0] == 400
+    stop()
+    with pytest.raises(urllib.error.URLError):
+        whole(f"{url}/metrics")
+
+
+def test_a_second_port_that_is_taken_is_one_warning_with_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is raised, nothing else is tried."""
+    shutdown = Shutdown()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        serve_metrics("127.0.0.1", port, METRICS, HOSTS, shutdown)()
+    [line] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith(f"METRICS_PORT={port}: cannot listen on 127.0.0.1:{port} (")
+    assert "; choose another, or METRICS_PORT=off. /metrics is answered on the daemon's own port" in line
+    assert not shutdown.requested
+
+
+@pytest.mark.parametrize("port", [None, "off"])
+def test_no_second_port(port: Literal["off"] | None) -> None:
+    """Unset for a worker, off for either: no thread is started."""
+    threads = threading.active_count()
+    serve_metrics("127.0.0.1", port, METRICS, HOSTS, Shutdown())()
+    assert threading.active_count() == threads
 
 
 # its port

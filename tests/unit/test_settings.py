@@ -215,6 +215,10 @@ WRONG = [
     ("LOG_FORMAT", "xml", "'auto', 'json' or 'text'"),
     ("HTTP_PORT", "-1", "greater than or equal to 0"),
     ("HTTP_PORT", "80 80", "valid integer"),
+    ("METRICS_PORT", "80 80", "must be a port (0 to 65535) or off"),
+    ("METRICS_PORT", "-1", "must be a port (0 to 65535) or off"),
+    ("METRICS_PORT", "65536", "must be a port (0 to 65535) or off"),
+    ("METRICS_PORT", "none", "must be a port (0 to 65535) or off"),
     ("LEASE_SECONDS", "1\n2", "valid number"),
 ]
 

@@ -1,0 +1,96 @@
+"""Take a backup of everything that stands in Redis. `python scripts/backup.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import _path  # noqa: F401  # before the project's own modules
+from _bulk import positive, report
+from _steps import Steps
+from config.settings import SettingsError, load_settings
+from src.backup.commands import sentence
+from src.backup.take import Backup, Taken
+from src.common import logging_config
+from src.common.clock import SYSTEM
+from src.common.embedded import open_redis
+from src.common.exceptions import ConfigurationError, IngestionError
+from src.common.keys import Keys
+from src.common.shutdown import Shutdown
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Take a backup of Redis while everything goes on: a snapshot of one moment, had as a replica has it, so that the "
+        "server's file system is not needed. It is loaded into a server of our own before it gets its name, which takes as much "
+        "memory as Redis holds.",
+        epilog="A user of an ACL needs +psync +replconf, which let it read all keys. Neither tokens nor settings nor the archive of raw "
+        "mail are in a backup. Exit code: 0 written, 1 not, and no half file is left, 2 a wrong argument or setting. "
+        "docs/runbooks/backup-and-recovery.md tells more.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("backups"), metavar="DIR", help="folder (default: backups)")
+    parser.add_argument(
+        "--keep",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="afterwards remove all backups in DIR but the newest N (default: none)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("rdb", "jsonl.zst"),
+        default="rdb",
+        help="rdb: the server's own file, with every key and database of it (default). jsonl.zst: our keys only, as commands that "
+        "every server from Redis 7.0 on knows",
+    )
+    return parser
+
+
+def say_taken(taken: Taken) -> int:
+    manifest = taken.manifest
+    command = f"python scripts/restore.py --file {shlex.quote(str(taken.path))}"
+    held = manifest.counts
+    report(
+        {
+            "file": str(taken.path),
+            "size": manifest.size,
+            "sha256": manifest.sha256,
+            "taken_at": manifest.taken_at,
+            "server": manifest.server,
+            "counts": held,
+            "removed": [str(path) for path in taken.removed],
+            "restore": command,
+        },
+        f"{taken.path}  {manifest.size / 1e6:,.1f} MB, {manifest.server} as of {manifest.taken_at}",
+        sentence(held) if held else "",
+        f"removed: {len(taken.removed)} older" if taken.removed else "",
+        f"Restore it: {command}",
+    )
+    if held and not held["keys"]:
+        say(f"nothing of the stream {manifest.stream} stands in this Redis: the backup is empty, and --keep removes none for it")
+    return 0
+
+
+def say(line: str) -> None:
+    print(f"backup.py: {line}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    given = arguments().parse_args()
+    try:
+        settings, shutdown = load_settings(), Shutdown()
+        logging_config.configure(settings.run.log_format, "WARNING")
+        shutdown.on_signals()
+        with open_redis(settings, shutdown) as redis, Steps(SYSTEM) as tell:
+            keys = Keys(settings.stream.name)
+            taken = Backup(redis, keys, given.out, given.format, given.keep, SYSTEM, shutdown, tell).run()
+        return say_taken(taken)
+    except (SettingsError, IngestionError) as error:
+        say(str(error))
+        return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""The parts of backup and restore that need no server: the portable form, manifests, names, the wire."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.backup import files
+from src.backup.commands import KEY_AT, Command, Size, Tally, counts, key_of, renamed
+from src.backup.files import Manifest, Portable
+from src.backup.snapshot import Wire, announced
+from src.common.exceptions import BackupError, ConfigurationError, RedisUnavailable, ScriptRefused
+from src.common.keys import Keys
+from src.common.redis_client import RedisClient
+from tests.support.servers import RedisServer
+
+KEYS = Keys("s")
+HEAD: dict[str, object] = {"stream": "s", "database": 0, "taken_at": "2026-01-31T00:00:00Z", "server": "Redis 7.0.15"}
+COMMANDS: list[Command] = [
+    ["XGROUP", "CREATE", "s", "g", "3-0", "MKSTREAM", "ENTRIESREAD", "3"],
+    ["XADD", "s", "1-0", "email_id", "m1", "odd", "\udcff\udcfe \x00 ü"],
+    ["XADD", "s", "2-0", "email_id", "m2"],
+    ["XSETID", "s", "3-0", "ENTRIESADDED", "3", "MAXDELETEDID", "3-0"],
+    ["XCLAIM", "s", "g", "w1", "0", "1-0", "TIME", "5", "RETRYCOUNT", "2", "FORCE", "JUSTID"],
+    ["ZADD", "s:due", "17", "2-0|m2"],
+    ["SADD", "s:processed:a:20260131", "1", "2", "3"],
+    ["SADD", "s:processed:a:20260131", "4"],
+    ["PEXPIREAT", "s:processed:a:20260131", "99"],
+    ["SET", "producer_state:a:INBOX:last_uid", "4"],
+    ["HSET", "s:index", "m1", "S:1-0", "m2", "S:2-0"],
+]
+
+
+def portable(path: Path, commands: list[Command] = COMMANDS, head: dict[str, object] = HEAD) -> Path:
+    with path.open("wb") as file:
+        files.write_portable(file, head, commands)
+    return path
+
+
+# the portable form
+
+
+def test_commands_come_back_as_they_were(tmp_path: Path) -> None:
+    """Also bytes that are no UTF-8, NUL and letters; and twice, since it is read once to be proved and once to be carried out."""
+    backup = Portable(portable(tmp_path / "b"))
+    assert backup.head["server"] == "Redis 7.0.15"
+    assert list(backup.commands()) == list(backup.commands()) == COMMANDS
+
+
+def test_no_cut_and_no_altered_byte_passes(tmp_path: Path) -> None:
+    """Cut after each byte, and each byte altered: BackupError, without a manifest's help; only bytes that carry nothing may differ."""
+    whole = portable(tmp_path / "b").read_bytes()
+    path = tmp_path / "c"
+    for at in range(4, len(whole)):
+        path.write_bytes(whole[:at])
+        with pytest.raises(BackupError):
+            list(Portable(path).commands())
+    for at in range(4, len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x11]) + whole[at + 1 :])
+        try:
+            got = list(Portable(path).commands())
+        except BackupError:
+            continue
+        assert got == COMMANDS, f"byte {at}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["FLUSHALL"], ["DEL", "s"], ["EVAL", "x", "0"], ["SET"], [], ["SET", 1, "x"], ["XGROUP", "CREATE"], [["SET", "a", "b"]]],
+)
+def test_only_commands_of_a_backup_are_taken(tmp_path: Path, line: Any) -> None:
+    """A file may come from anywhere: whatever else stands in it is refused, when it is read and when it is carried out."""
+    with pytest.raises(BackupError):
+        key_of(line)
+    with pytest.raises(BackupError):
+        list(Portable(portable(tmp_path / "b", [*COMMANDS, line])).commands())
+
+
+@pytest.mark.parametrize(
+    ("head", "line"), [({"format": 2}, "another version"), ({"backup": "x"}, "no backup of scripts/backup.py")]
+)
+def test_a_form_that_is_not_known_is_refused(tmp_path: Path, head: dict[str, object], line: str) -> None:
+    with pytest.raises(BackupError, match=line):
+        Portable(portable(tmp_path / "b", head=HEAD | head))
+
+
+def test_a_command_is_carried_out_on_another_key() -> None:
+    """Every verb: only the key changes."""
+    for command in COMMANDS:
+        assert key_of(renamed(command, "aside")) == "aside"
+        assert [word for word in renamed(command, "aside") if word != "aside"] == [
+            word for at, word in enumerate(command) if at != KEY_AT[command[0]]
+        ]
+
+
+def test_sizes_are_told_from_the_commands() -> None:
+    tally = Tally()
+    for command in COMMANDS:
+        tally.add(command)
+    assert tally.sizes["s"] == Size("stream", 2, {"g": 1})
+    assert tally.sizes["s:processed:a:20260131"] == Size("set", 4, {}, "99")
+    assert counts(tally.sizes, KEYS) == {
+        "unfinished": 2,
+        "in_flight": 1,
+        "waiting": 1,
+        "dead": 0,
+        "processed_ids": 4,
+        "results": 0,
+        "mailboxes": 1,
+        "keys": 5,
+    }
+    with pytest.raises(BackupError, match="expires before it is there"):
+        tally.add(["PEXPIREAT", "s:none", "1"])
+
+
+# which keys
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("s", True),
+        ("s:dlq", True),
+        ("s:anything to come", True),
+        ("producer_state:a:INBOX:last_uid", True),
+        ("s:daemons", False),
+        ("s:restoring:abc:0", False),
+        ("s2", False),
+        ("sx:index", False),
+        ("somebody", False),
+    ],
+)
+def test_which_keys_belong_into_a_backup(key: str, ours: bool) -> None:
+    """All of the stream's and the producer's, but who is at work now and what a restore has laid aside."""
+    assert KEYS.is_data(key) is ours
+
+
+# bytes, and many commands at once
+
+
+def test_bytes_that_are_no_utf8_go_there_and_back(valkey: RedisServer) -> None:
+    """As surrogates here, as themselves in the server: in keys, values and the words of many commands at once; a refusal is raised."""
+    odd, text = b"\xff\x00\xfe \xc3\xbc", "\udcff\x00\udcfe ü"
+    with RedisClient.connect(valkey.url, max_connections=4, socket_timeout=10, not_utf8="surrogateescape") as redis:
+        redis.call("SET", text, text)
+        assert redis.call_all([["GET", text], ["APPEND", text, text], ["STRLEN", text]]) == [text, 12, 12]
+        assert redis.call_all([]) == []
+        with pytest.raises(ScriptRefused, match="WRONGTYPE"):
+            redis.call_all([["SADD", text, "1"], ["SET", "done", "nevertheless"]])
+        assert redis.call("GET", "done") == "nevertheless"
+    assert valkey.client(decode_responses=False).get(odd) == odd * 2
+
+
+# files
+
+
+def backup_file(folder: Path, name: str) -> Path:
+    path = folder / name
+    path.touch()
+    files.manifest_path(path).touch()
+    return path
+
+
+def test_prune_keeps_the_newest_of_ours(tmp_path: Path) -> None:
+    """By the time in the name, then by the number; both forms together, manifests with them; what has another name stays."""
+    names = [
+        "email-ingestion-20260101T000000Z.rdb",
+        "email-ingestion-20260102T000000Z.jsonl.zst",
+        "email-ingestion-20260102T000000Z-2.rdb",
+        "email-ingestion-20260102T000000Z-10.rdb",
+    ]
+    mine = [backup_file(tmp_path, name) for name in names]
+    others = {tmp_path / name for name in ("dump.rdb", "email-ingestion-20260101T000000Z.rdb.bak", "email-ingestion-old.rdb")}
+    for path in others:
+        path.touch()
+    assert files.prune(tmp_path, 2) == mine[:2]
+    assert set(tmp_path.iterdir()) == {*others, *mine[2:], *(files.manifest_path(path) for path in mine[2:])}
+
+
+def test_backups_of_one_second_are_told_apart(tmp_path: Path) -> None:
+    """By a number that both forms share, so that the order in which they were taken stays known."""
+    moment = datetime(2026, 1, 31, 12, 0, 0, 999_999, UTC)
+    names = []
+    for kind in ("rdb", "jsonl.zst", "rdb"):
+        path = files.fresh_path(tmp_path, moment, kind)
+        path.touch()
+        names.append(path.name)
+    stem = "email-ingestion-20260131T120000Z"
+    assert names == [f"{stem}.rdb", f"{stem}-2.jsonl.zst", f"{stem}-3.rdb"]
+    assert [path.name for path in files.prune(tmp_path, 1)] == names[:2]
+
+
+def test_a_second_backup_into_the_same_folder_waits_for_nobody(tmp_path: Path) -> None:
+    """It is refused in one line; what a killed one left is removed by the next."""
+    (tmp_path / "email-ingestion-20260101T000000Z.rdb.part").touch()
+    with files.folder(tmp_path):
+        assert not list(tmp_path.glob("*.part"))
+        with pytest.raises(BackupError, match="another backup is being written"), files.folder(tmp_path):
+            pass
+
+
+def test_a_folder_that_cannot_be_had_is_a_wrong_argument(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="choose another folder"), files.folder(tmp_path / "file" / "x"):
+        pass
+
+
+def test_a_part_that_fails_is_gone(tmp_path: Path) -> None:
+    """Whatever ends it, a signal too."""
+    with pytest.raises(KeyboardInterrupt), files.part(tmp_path / "b") as file:
+        file.write(b"half")
+        assert (tmp_path / "b.part").stat().st_mode & 0o777 == 0o600
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [b"", b"[]", b"{}", b'{"format": "x"}', b"\xff"])
+def test_a_damaged_manifest_is_told(tmp_path: Path, change: bytes) -> None:
+    files.manifest_path(tmp_path / "b.rdb").write_bytes(change)
+    with pytest.raises(BackupError, match="is damaged"):
+        files.read_manifest(tmp_path / "b.rdb")
+
+
+def test_a_manifest_of_a_newer_form_is_told(tmp_path: Path) -> None:
+    manifest = Manifest(2, "b.rdb", "0" * 64, 1, "s", 0, "2026-01-31T00:00:00Z", "Redis 7.0.15", None)
+    files.manifest_path(tmp_path / "b.rdb").write_text(json.dumps({**asdict(manifest), "more": 1}))
+    with pytest.raises(BackupError, match="newer version of this software"):
+        files.read_manifest(tmp_path / "b.rdb")
+
+
+# the wire
+
+
+@contextmanager
+def wire(*stopped: bool) -> Iterator[tuple[Wire, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    answers = iter(stopped)
+    with ours, theirs:
+        yield Wire(ours, lambda: next(answers, False)), theirs
+
+
+MARK = b"0123456789abcdef0123456789abcdef01234567"
+
+
+@given(payload=st.binary(max_size=300), rest=st.integers(0, 39), sizes=st.lists(st.integers(1, 90), max_size=8))
+def test_the_end_mark_is_found_however_it_is_cut(payload: bytes, rest: int, sizes: list[int]) -> None:
+    """The mark comes in any pieces, and beginnings of it stand in the snapshot itself."""
+    payload += MARK[:rest]
+    line = b"\n\n+FULLRESYNC 0 0\r\n\n$EOF:" + MARK + b"\r\n"
+    message = line + payload + MARK
+    with wire() as (reader, server):
+        for size in sizes:
+            server.sendall(message[:size])
+            message = message[size:]
+        server.sendall(message)
+        assert reader.line() == b"+FULLRESYNC 0 0"
+        assert announced(reader.line()) == (0, MARK)
+        assert b"".join(reader.until_mark(MARK)) == payload
+
+
+def test_a_snapshot_of_known_length() -> None:
+    """Of the next bytes only so many are of it."""
+    assert announced(b"$5") == (5, b"")
+    with wire() as (reader, server):
+        server.sendall(b"$5\r\nREDIS*1\r\n")
+        reader.line()
+        assert b"".join(reader.exactly(5)) == b"REDIS"
+
+
+@pytest.mark.parametrize("line", [b"+OK", b"$-1", b"$EOF:short", b"HTTP/1.1 400"])
+def test_what_is_no_snapshot_is_told(line: bytes) -> None:
+    with pytest.raises(BackupError, match="instead of a snapshot"):
+        announced(line)
+
+
+def test_a_connection_that_ends_and_one_that_is_stopped() -> None:
+    with wire() as (reader, server):
+        server.close()
+        with pytest.raises(RedisUnavailable, match="broke the snapshot off"):
+            reader.line()
+    with wire(True) as (reader, _), pytest.raises(BackupError, match="stopped as asked"):
+        reader.line()
