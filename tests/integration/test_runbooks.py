@@ -7,6 +7,7 @@ systemd or git is fenced ```console and not run.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 
+from src.auth.oauth2_gmail import read_token
 from src.common.keys import Keys
 from src.sandbox.server import Sandbox
 from tests.integration.test_scripts import Installed
@@ -33,7 +35,7 @@ from tests.support.wait import until
 
 INDEX = ROOT / "docs" / "runbooks" / "README.md"
 PAGES = sorted(page for page in INDEX.parent.glob("*.md") if page != INDEX)
-LONG = ("dead-letters", "upgrading")  # about half a minute each, for many restarts
+LONG = ("backup-and-recovery", "dead-letters", "upgrading")  # about half a minute each
 FENCE = re.compile(r"^(?P<indent> *)```bash(?: exit=(?P<code>\d+))?\n(?P<commands>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
 # What dies of the KeyError is mended by the time somebody replays it.
@@ -105,7 +107,7 @@ class Site:
             command = ["bash", "-e", "-c", preamble.commands + commands]
             try:
                 done = subprocess.run(
-                    command, cwd=installed.root, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=DEADLINE
+                    command, cwd=installed.root, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=3 * DEADLINE
                 )
             finally:
                 for pid in set(installed.pids().values()) - installed.seen:
@@ -130,8 +132,12 @@ def site(sandbox: Sandbox, tmp_path: Path) -> Iterator[Site]:
             MAX_ATTEMPTS="2",
             LOG_FORMAT="json",
             METRICS_PORT="off",
+            GMAIL_CLIENT_SECRETS_FILE=str(tmp_path / "client.json"),
         )
         installed = Installed(pipeline)
+        token = read_token(tmp_path / "tokens" / f"{pipeline.account}.json")
+        client = {"client_id": token.client_id, "client_secret": token.client_secret}
+        (tmp_path / "client.json").write_text(json.dumps({"installed": client}))
         (installed.root / "my_handler.py").write_text(HANDLER)
         found = Site(installed, pipeline)
         (installed.root / ".env").touch(mode=0o600)
@@ -149,7 +155,8 @@ def parameter(page: Path) -> ParameterSet:
     return pytest.param(page, id=page.stem, marks=[pytest.mark.full] if page.stem in LONG else [])
 
 
-@pytest.mark.parametrize("page", map(parameter, PAGES))
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", [parameter(page) for page in PAGES])
 def test_the_commands_of_a_runbook_run_and_lose_no_mail(page: Path, site: Site) -> None:
     """Block by block, with a mail that comes before each; afterwards producer and workers run, nobody is paused, every mail has its end."""
     found = blocks(page.read_text())
