@@ -235,7 +235,7 @@ def test_daemons_are_counted_by_role_and_life() -> None:
 
 
 def row(address: str, role: str, name: str) -> dict[str, object]:
-    return {"targets": [address], "labels": {"job": "email-ingestion", "role": role, "name": name}}
+    return {"targets": [address], "labels": {"job": "email-ingestion", "daemon_role": role, "name": name}}
 
 
 def test_targets_are_the_daemons_that_live() -> None:
