@@ -239,9 +239,9 @@ def _ports(redis: RedisClient | None, settings: Settings) -> Iterator[Finding]:
         wanted = [(run.http_port, "daemon", "HTTP_PORT")] if run.http_port else []
     for number, role, demanded in wanted:
         yield judge.port(judge.Port(number, role, _port_state(run.http_host, number, known), demanded))
-    number = METRICS_PORT if run.metrics_port is None else run.metrics_port
-    if number not in ("off", 0):
-        yield judge.metrics_port(int(number), _port_state(run.http_host, int(number), set()))
+    second = METRICS_PORT if run.metrics_port is None else run.metrics_port
+    if second not in ("off", 0):
+        yield judge.metrics_port(int(second), _port_state(run.http_host, int(second), set()))
 
 
 def _port_state(host: str, number: int, known: set[int]) -> judge.PortState:

@@ -243,6 +243,7 @@ def test_a_stranger_on_our_port(pipeline: Pipeline) -> None:
         port = stranger.getsockname()[1]
         detail, remedy = only(look(pipeline, code=1, HTTP_PORT=str(port)), f"port {port}", "fail")
     assert f"HTTP_PORT={port} asks for it" in detail
+    assert remedy.startswith(f"ss -ltnp 'sport = :{port}'")
 
 
 def test_a_metrics_port_that_is_taken(pipeline: Pipeline) -> None:
@@ -255,7 +256,6 @@ def test_a_metrics_port_that_is_taken(pipeline: Pipeline) -> None:
     with pipeline.producer(METRICS_PORT=ours) as producer:
         producer.wait_for("producer reads")
         assert look(pipeline, "--offline", METRICS_PORT=ours)[f"port {ours}"][:2] == ("ok", "a daemon of ours listens there")
-    assert remedy.startswith(f"ss -ltnp 'sport = :{port}'")
 
 
 def test_the_clock_is_off(pipeline: Pipeline) -> None:
