@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from src.common import registry
@@ -15,7 +16,7 @@ from src.common.exceptions import BreakerOpen, ConfigurationError, RedisFull, Sc
 from src.common.health import Beats, Memory, is_full
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
-from src.common.registry import HEARTBEAT_SECONDS, Registration
+from src.common.registry import HEARTBEAT_SECONDS, News, Registration
 from src.common.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
@@ -62,14 +63,24 @@ def eviction_fault(memory: Memory) -> str:
 
 
 class Watch:
-    """`daemon`: who we are. Start it once the endpoint is open; `stop` takes the daemon out of the registry."""
+    """`daemon`: who we are; `news`: what it says of itself with each heartbeat. Start it once the endpoint is open; `stop` takes the
+    daemon out of the registry."""
 
     def __init__(
-        self, redis: RedisClient, keys: Keys, daemon: Registration, limits: Limits, beats: Beats, shutdown: Shutdown, clock: Clock
+        self,
+        redis: RedisClient,
+        keys: Keys,
+        daemon: Registration,
+        limits: Limits,
+        beats: Beats,
+        shutdown: Shutdown,
+        clock: Clock,
+        news: Callable[[], News] = News,
     ) -> None:
         self._redis = redis
         self._keys = keys
         self._daemon = daemon
+        self._news = news
         self._limits = limits
         self._beats = beats
         self._shutdown = shutdown
@@ -165,7 +176,7 @@ class Watch:
             return
         self._persists, self._server = self._redis.persists(), self._redis.version()
         try:
-            registry.register(self._redis, self._keys, self._daemon)
+            registry.register(self._redis, self._keys, self._daemon, self._news())
         except (RedisFull, ConfigurationError, ScriptRefused) as error:
             if not self._refused:
                 log.warning("this daemon cannot be registered: %s", error)

@@ -27,12 +27,13 @@ from src.common.exceptions import ConfigurationError, MailboxMissing, ReauthRequ
 from src.common.health import Beats, Page, intake_reasons, liveness, readiness
 from src.common.keys import Keys
 from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
-from src.common.registry import Registration
+from src.common.registry import News, Registration
 from src.common.shutdown import Shutdown
 from src.common.watch import Limits, Watch, check_policy
 from src.common.watchdog import Watchdog
 from src.imap.imap_client import ImapEndpoint, ImapMailbox
-from src.monitoring import endpoint
+from src.monitoring import endpoint, page
+from src.monitoring.page_look import Onlooker
 from src.producer.mailbox import Mailbox, is_down
 from src.producer.repair import Checkup
 from src.producer.state_manager import Held, MarkerFile, StateManager
@@ -166,7 +167,10 @@ class Producer:
         self.watch = watch = self._watch(me)
         pages = {"/health": self.health, "/ready": self.ready, "/status": lambda: self.status(me)}
         hosts = endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts)
-        stop_endpoint = endpoint.serve(listener, pages, hosts, shutdown)
+        onlooker = Onlooker(self.redis, self.keys, self.settings.stream.group, self.clock)
+        onlooker.start(shutdown)
+        routes = page.routes(onlooker, pages["/status"], self.clock, bodies=run.status_page_bodies)
+        stop_endpoint = endpoint.serve(listener, pages, hosts, shutdown, routes)
         watch.start(self.settings.redis.socket_timeout)
         readers = [shutdown.guard(mailbox.title, mailbox.run) for mailbox in self.mailboxes]
         shutdown.guard("leases", self._keep_leases)
@@ -179,6 +183,7 @@ class Producer:
         shutdown.add_step(50, "side threads", self.stopped.set)
         shutdown.add_step(55, "registration", watch.stop)
         shutdown.add_step(60, "endpoint", stop_endpoint)
+        shutdown.add_step(65, "page", onlooker.stop)
         shutdown.add_step(70, "spans", tracing.end)
         while not shutdown.wait(run.stats_interval):
             self._report()
@@ -229,7 +234,7 @@ class Producer:
     def _watch(self, me: Registration) -> Watch:
         redis = self.settings.redis
         limits = Limits(redis.memory_high, redis.memory_low, redis.allow_eviction)
-        return Watch(self.redis, self.keys, me, limits, self.beats, self.shutdown, self.clock)
+        return Watch(self.redis, self.keys, me, limits, self.beats, self.shutdown, self.clock, self.news)
 
     # what its endpoint says
 
@@ -252,6 +257,9 @@ class Producer:
             "breakers": self.breakers.snapshot(),
             "redis": self.watch.server() if self.watch else {},
         }
+
+    def news(self) -> News:
+        return News(tuple(self._degraded()), {"published": sum(mailbox.reader.published for mailbox in self.mailboxes)})
 
     def _degraded(self) -> list[str]:
         """One sentence for each thing that does not go as it should, though a restart would not help."""

@@ -26,12 +26,13 @@ from src.common.exceptions import ArchiveUnavailable, GroupMissing, Transient
 from src.common.health import Beats, Page, liveness, readiness, work_reasons
 from src.common.keys import Keys
 from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
-from src.common.registry import Registration
+from src.common.registry import News, Registration
 from src.common.retry import retry_on_redis_error
 from src.common.shutdown import Shutdown
 from src.common.watch import Limits, Watch, check_policy
 from src.common.watchdog import Watchdog
-from src.monitoring import endpoint
+from src.monitoring import endpoint, page
+from src.monitoring.page_look import Onlooker
 from src.worker import dlq, recovery
 from src.worker.child import Child
 from src.worker.consume import Consumer
@@ -92,6 +93,7 @@ class Worker:
         )
         self.me = Registration("worker", name, "", VERSION, socket.gethostname(), os.getpid(), iso(clock.wall()))
         self.watch: Watch | None = None
+        self.onlooker = Onlooker(redis, self.seat.keys, self.seat.group, clock)
 
     def run(self) -> None:
         """Work until the shutdown is requested, then end in order."""
@@ -122,6 +124,7 @@ class Worker:
         shutdown.add_step(50, "side threads", self.stopped.set)
         shutdown.add_step(55, "registration", watch.stop)
         shutdown.add_step(60, "endpoint", stop_endpoint)
+        shutdown.add_step(65, "page", self.onlooker.stop)
         shutdown.add_step(70, "spans", tracing.end)
 
         while not shutdown.wait(settings.run.stats_interval):
@@ -148,12 +151,15 @@ class Worker:
         listener = endpoint.open_port(run.http_host, run.http_port, FIRST_PORT)
         self.me = replace(self.me, address=endpoint.address_of(listener))
         pages = {"/health": self.health, "/ready": self.ready, "/status": self.status}
-        return endpoint.serve(listener, pages, endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts), self.shutdown)
+        hosts = endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts)
+        self.onlooker.start(self.shutdown)
+        routes = page.routes(self.onlooker, self.status, self.clock, bodies=run.status_page_bodies)
+        return endpoint.serve(listener, pages, hosts, self.shutdown, routes)
 
     def _watch(self) -> Watch:
         redis = self.settings.redis
         limits = Limits(redis.memory_high, redis.memory_low, redis.allow_eviction)
-        return Watch(self.seat.redis, self.seat.keys, self.me, limits, self.beats, self.shutdown, self.clock)
+        return Watch(self.seat.redis, self.seat.keys, self.me, limits, self.beats, self.shutdown, self.clock, self.news)
 
     def health(self) -> Page:
         return liveness(self.beats.seen(), self.clock.monotonic(), self._degraded())
@@ -180,6 +186,9 @@ class Worker:
             "breakers": self.breakers.snapshot(),
             "redis": self.watch.server() if self.watch else {},
         }
+
+    def news(self) -> News:
+        return News(tuple(self._degraded()), {**self.consumer.counts, "in_flight": self.consumer.in_flight()})
 
     def _degraded(self) -> list[str]:
         """One sentence for each thing that does not go as it should, though a restart would not help. Redis' high water is intake's."""
