@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from src.common.clock import Clock
 from src.common.error_groups import group_of
 from src.common.exceptions import IngestionError
 from src.common.health import Page
+from src.common.registry import News
 from src.monitoring import page_html
 from src.monitoring.page_look import Onlooker
 from src.monitoring.page_verdict import View
@@ -22,13 +24,15 @@ from src.monitoring.page_verdict import View
 ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 
-def routes(onlooker: Onlooker, status: Callable[[], Page], clock: Clock, *, bodies: bool) -> list[Route]:
-    """`status`: what /status says. `bodies`: STATUS_PAGE_BODIES. Each is answered in a thread of the endpoint's pool."""
+def routes(
+    onlooker: Onlooker, status: Callable[[], Page], news: Callable[[], News], clock: Clock, *, bodies: bool
+) -> list[Route]:
+    """`status`: what /status says; `news`: what the heartbeat says. `bodies`: STATUS_PAGE_BODIES. Each page is made in a thread of the
+    endpoint's pool."""
 
     def look() -> View:
-        said = status()[1]
-        patient = not View(onlooker.seen(patient=False), said, clock.wall()).away
-        return View(onlooker.seen(patient=patient), said, clock.wall())
+        view = View(onlooker.seen(patient=False), status()[1], news(), clock.wall())
+        return view if view.away else replace(view, snapshot=onlooker.seen(), now=clock.wall())
 
     def whole(request: Request) -> Response:
         return _answer(page_html.page(look(), request.url.hostname or ""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from src.monitoring.page_flow import MINUTES
 from src.monitoring.page_look import Snapshot, record_of
 from src.monitoring.page_verdict import (
     ADVICE,
+    NEWS_SECONDS,
     QUIET,
     SELDOM_READ,
     View,
     age_of,
     ago,
-    command_in,
     judge,
+    parted,
     replay_group,
     replay_one,
 )
@@ -30,6 +32,7 @@ from src.monitoring.page_verdict import (
 STYLE = Path(__file__).with_name("page.css").read_text()
 SCRIPT = Path(__file__).with_name("page.js").read_text()
 BODY_CHARS = 65_536
+MOST_DAEMONS = 100
 
 
 def _hash(text: str) -> str:
@@ -175,9 +178,10 @@ def _verdict(view: View) -> Html:
         seen = h("Last seen {} UTC, {} ago", f"{at:%H:%M:%S}", ago((view.now - at).total_seconds()))
     troubles = [
         h(
-            '<li class="{}"><p class="what">{}</p>{}{}</li>',
+            '<li class="{}"><div><p class="what">{}</p>{}</div><div>{}{}</div></li>',
             trouble.level,
-            _sentence(trouble.what),
+            _sentence(trouble.what) if trouble.what.startswith(("this ", "worker ", "producer ")) else trouble.what,
+            h("<p>{}</p>", _sentence(trouble.why)) if trouble.why else Html(""),
             h("<p>{}</p>", trouble.todo) if trouble.todo else Html(""),
             _command(trouble.command, f"verdict {number}"),
         )
@@ -218,7 +222,7 @@ def _cards(view: View) -> Html:
     start = view.now.timestamp() // 60 - MINUTES + 1
     unread = f"{overview.unread:,} not begun · {overview.in_flight:,} in work · {overview.waiting:,} wait" if overview else ""
     waits = f"{overview.waiting:,} wait for their next attempt" if overview else ""
-    stands = f"{overview.dead:,} dead letter{'s' * (overview.dead != 1)} stand{'s' * (overview.dead == 1)}" if overview else ""
+    stands = f"{overview.dead:,} dead letter{'s' * (overview.dead != 1)} now" if overview else ""
 
     def rate(kind: str, name: str, note: str, top: float | None = None) -> Html:
         values = counts[kind]
@@ -274,20 +278,20 @@ def _card(
         if value and (bar := max(1.5, 52 * min(1.0, value / most)))
     )
     known = next((number for number, value in enumerate(values) if value is not None), len(values))
-    blank = h('<rect class="unknown" x="0" y="0" width="{}" height="54"/>', 4 * known - 1) if known else Html("")
     label = f"{name}, the last hour by the minute: {big}, at most {peak}"
     return h(
-        '<figure class="card"><figcaption><h3>{}</h3><span class="peak">up to {}</span><span class="big">{}</span>'
-        '<span class="note">{}</span></figcaption><svg viewBox="0 0 240 56" preserveAspectRatio="none" role="img" aria-label="{}">{}{}'
-        '<line class="base" x1="0" y1="55" x2="240" y2="55"/></svg>'
-        '<div class="scale" aria-hidden="true"><span>1 h ago</span><span>now</span></div></figure>',
+        '<figure class="card"><figcaption><h3>{}</h3><span class="big">{}</span>'
+        '<span class="note">{}</span></figcaption><svg viewBox="0 0 240 56" preserveAspectRatio="none" role="img" aria-label="{}">{}'
+        '<line class="unknown" x1="0" y1="55" x2="240" y2="55"/><line class="{}" x1="{}" y1="55" x2="240" y2="55"/></svg>'
+        '<div class="scale" aria-hidden="true"><span>1 h ago</span><span>most: {}</span><span>now</span></div></figure>',
         name,
-        peak,
         big,
         note,
         label,
-        blank,
         bars,
+        "base" if known else "base all",
+        4 * known,
+        peak,
     )
 
 
@@ -329,7 +333,7 @@ def _mailbox(box: Mapping[str, Any]) -> Html:
         f"{box['account_bytes_today'] / 1e6:,.1f} MB today" if box["account_bytes_today"] else "",
         f"token {'ends in ' + ago(ends) if ends > 0 else 'has ended'}" if isinstance(ends, (int, float)) else "",
     )
-    command = command_in(why)
+    why, command = parted(why)
     todo = ADVICE.get(state, "") if state not in ("CONNECTED", "STOPPED") else ""
     return h(
         '<div class="row">{}<h3>{}</h3></div>{}{}{}{}',
@@ -343,11 +347,17 @@ def _mailbox(box: Mapping[str, Any]) -> Html:
 
 
 def _daemons(view: View, host: str) -> Html:
-    seen = sorted(view.snapshot.daemons, key=lambda one: (one.alive, one.daemon.role, one.daemon.name))
+    seen = sorted(view.daemons, key=lambda one: (_turn(one), one.daemon.role, one.daemon.name))
     alive = {role: len(view.alive(role)) for role in ("producer", "worker")}
     note = f"{alive['producer']} producer{'s' * (alive['producer'] != 1)} and {alive['worker']} worker{'s' * (alive['worker'] != 1)} alive"
-    rows = [_daemon(one, view, host) for one in seen]
+    rows = [_daemon(one, view, host) for one in seen[:MOST_DAEMONS]]
+    note += f"; {len(seen) - MOST_DAEMONS} more are not shown" if len(seen) > MOST_DAEMONS else ""
     return _part("daemons", "Producers and workers", note, _rows(rows, "None is registered in Redis yet."))
+
+
+def _turn(seen: Seen) -> int:
+    """What has just gone comes first, what was gone long ago last."""
+    return 1 if seen.alive else 0 if seen.silent < NEWS_SECONDS else 2
 
 
 def _daemon(seen: Seen, view: View, host: str) -> Html:
@@ -359,7 +369,7 @@ def _daemon(seen: Seen, view: View, host: str) -> Html:
         f"in work {counts['in_flight']:,}" if counts.get("in_flight") else "",
         *(f"{counts.get(name, 0):,} {name}" for name in names if counts.get(name) or name in always),
         f"up {ago(up)}" if up is not None and seen.alive else "",
-        f"heartbeat {ago(seen.silent)} ago",
+        f"heartbeat {ago(seen.silent)} ago" if daemon.name != view.name else "",
         f"pid {daemon.pid} on {daemon.host}",
         f"version {daemon.version}",
     ]
@@ -478,11 +488,10 @@ def letter_page(view: View, letter_id: str, fields: Fields, group: str, *, bodie
         )
         if foreign
         else h(
-            "<p>Once the cause is mended, send it back, or all of its group:</p>{}{}"
-            '<p class="soft why">All of its mail’s story: python scripts/trace.py {}</p>',
+            '<p>Once the cause is mended, send it back, or all of its group:</p>{}{}<p class="why">Its whole story:</p>{}',
             _command(replay_one(letter_id), "one"),
             _command(replay_group(group), "group"),
-            note("email_id", ""),
+            _command(f"python scripts/trace.py {shlex.quote(note('email_id', ''))}", "trace"),
         )
     )
     if not bodies:
@@ -497,9 +506,9 @@ def letter_page(view: View, letter_id: str, fields: Fields, group: str, *, bodie
         group,
         h('<p class="text">{}</p>', error),
         _section("What to do", again),
+        _section("Traceback", h('<pre class="text">{}</pre>', note("dead_traceback") or "(none)")),
         _section("How it died", _pairs(death)),
         _section("The mail", _pairs(facts)),
-        _section("Traceback", h('<pre class="text">{}</pre>', note("dead_traceback") or "(none)")),
         _section("Text of the mail", body),
     )
     title, icon = f"Dead letter: {group}", _title(view)[1]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from src.common.registry import Seen
+from src.common.registry import News, Seen
 from src.monitoring.page_look import Snapshot
 
 Level = Literal["good", "warn", "bad"]
@@ -34,30 +34,50 @@ ADVICE = {
     "MISCONFIGURED": "Correct what it says; it is tried again each minute.",
     "STOPPED": "This producer is ending.",
 }
+# state → what is to be said of the mailbox
+SAYS = {
+    "PAUSED": "is paused",
+    "BACKFILL_PAUSED": "gets its new mail only",
+    "REREADING": "is read again from the start",
+    "DISCONNECTED": "is not read: no connection",
+    "OVERQUOTA": "is not read: its quota is used up",
+    "THROTTLED": "is not read: the server is too busy",
+    "CONNECTIONS": "is not read: too many sessions",
+    "REAUTH_REQUIRED": "is not read: it needs a new consent",
+    "MISCONFIGURED": "is not read: a setting or a file is wrong",
+}
 QUIET = ("STARTING", "CONNECTED", "STANDBY", "STOPPED")
 SELDOM_READ = ("REREADING", "BACKFILL_PAUSED")  # not as usual, and mail flows
 
-_COMMAND = re.compile(r"\b(?:python (?:producer\.py|worker\.py|scripts/\w+\.py|-m [\w.]+)|redis-cli|chmod) [^;()…]+")
-_STATE = re.compile(rf": ({'|'.join(ADVICE)})\b")
+# Only lines that are ours, whole: a sentence may quote what a mail server said.
+_WORD = r"(?:[\w@%+=:,./-]+|'[^'\n]+')"
+_COMMAND = re.compile(
+    rf"python producer\.py --auth-setup(?: --username {_WORD})?|python producer\.py --list-mailboxes|chmod 600 {_WORD}"
+    r"|redis-cli CONFIG SET maxmemory-policy noeviction"
+)
+_OF_MAILBOX = re.compile(rf"(?P<title>.+?): (?P<state>{'|'.join(ADVICE)})(?:: (?P<why>.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """`stops`: what stands still of it, "" where mail flows. `todo`: in words; `command`: to run, "" for none."""
+    """`what` is wrong, `why`, what `todo` in words, and the `command` to run; "" for none. `stops`: what stands still of it, "" where
+    mail flows."""
 
     level: Level
     what: str
-    todo: str
+    why: str = ""
+    todo: str = ""
     command: str = ""
     stops: str = ""
 
 
 @dataclass(frozen=True)
 class View:
-    """What a page shows. `status`: what /status of this daemon says. `now`: in UTC."""
+    """What a page shows. `status`: what /status of this daemon says; `news`: what its heartbeat would say. `now`: in UTC."""
 
     snapshot: Snapshot
     status: Mapping[str, Any]
+    news: News
     now: datetime
 
     @property
@@ -74,8 +94,13 @@ class View:
         redis = self.status["redis"]
         return "" if redis.get("reachable") else str(redis.get("why") or "not asked yet")
 
+    @property
+    def daemons(self) -> list[Seen]:
+        """As they are registered; of this one what is so now."""
+        return [Seen(seen.daemon, 0.0, self.news) if seen.daemon.name == self.name else seen for seen in self.snapshot.daemons]
+
     def alive(self, role: str) -> list[Seen]:
-        return [seen for seen in self.snapshot.daemons if seen.daemon.role == role and seen.alive]
+        return [seen for seen in self.daemons if seen.daemon.role == role and seen.alive]
 
 
 @dataclass(frozen=True)
@@ -98,10 +123,13 @@ def judge(view: View) -> Verdict:
     return Verdict("good", "Mail is flowing", _numbers(view), ())
 
 
-def command_in(sentence: str) -> str:
-    """The command that a sentence tells to run; "" for none."""
-    found = _COMMAND.search(sentence)
-    return found[0].strip().rstrip(".,") if found else ""
+def parted(why: str) -> tuple[str, str]:
+    """(sentence, command): what a cause says, and the command that it tells to run, "" for none."""
+    found = _COMMAND.search(why)
+    if not found:
+        return why, ""
+    before = re.sub(r"[;,.]? *(?:[Rr]un:|Consent again:)? *$", "", why[: found.start()])
+    return before + (f". {rest[:1].upper()}{rest[1:]}" if (rest := why[found.end() :].strip(" .()")) else ""), found[0]
 
 
 def replay_group(group: str) -> str:
@@ -124,34 +152,24 @@ def _numbers(view: View) -> str:
 def _troubles(view: View) -> Iterator[Trouble]:
     snapshot = view.snapshot
     if view.away:
-        yield Trouble(
-            "bad",
-            f"Redis: {view.away}",
-            "Every daemon waits and goes on by itself when it answers. Is the server up, and is REDIS_URL right?",
-            stops="Mail stands still: Redis does not answer",
-        )
+        todo = "Every daemon waits and goes on by itself when it answers. Is the server up, and is REDIS_URL right?"
+        yield Trouble("bad", "Redis does not answer", view.away, todo, stops="Mail stands still: Redis does not answer")
     yield from _of_this_daemon(view)
     yield from _of_the_others(view)
     for what, why in () if view.away else snapshot.faults:
-        yield Trouble(
-            "warn", f"{what} cannot be looked at: {why}", "If it is for want of rights: the ACL lines are in docs/security.md."
-        )
+        todo = "If it is for want of rights: docs/security.md has the ACL lines."
+        yield Trouble("warn", f"This page cannot look at {what}", why, todo)
     overview = snapshot.overview
     if overview and overview.oldest > OLD_SECONDS and overview.unread and view.alive("worker"):
+        what = f"The oldest unfinished mail is {ago(overview.oldest)} old, and {overview.unread:,} are not begun"
+        yield Trouble("warn", what, todo="The workers do not keep up. Start another:", command=RESTART["worker"])
+    ages = [(age_of(group.last, view.now), group) for group in snapshot.letters.groups]
+    for age, group in [(age, group) for age, group in ages if age is not None and age < NEWS_SECONDS][:3]:
         yield Trouble(
             "warn",
-            f"The oldest unfinished mail is {ago(overview.oldest)} old and {overview.unread:,} are not begun",
-            "Workers do not keep up: start another.",
-            RESTART["worker"],
-        )
-    fresh = [
-        group for group in snapshot.letters.groups if (age := age_of(group.last, view.now)) is not None and age < NEWS_SECONDS
-    ]
-    for group in fresh[:3]:
-        yield Trouble(
-            "warn",
-            f"Mail died {ago(age_of(group.last, view.now) or 0)} ago: {group.group} ({group.count:,} so far)",
-            "Look at one under Dead letters, mend the cause, then send them back:",
+            f"{group.count:,} dead: {group.group}" if group.count > 1 else f"Dead: {group.group}",
+            f"The last one {ago(age)} ago.",
+            "Look at one under Dead letters and mend the cause. Then send them back:",
             replay_group(group.group),
         )
 
@@ -160,35 +178,29 @@ def _of_this_daemon(view: View) -> Iterator[Trouble]:
     boxes = view.status.get("mailboxes", [])
     at_work = [box for box in boxes if box["state"] in (*QUIET, *SELDOM_READ)]
     for box in boxes:
-        state, title = box["state"], f"{box['account']}/{box['mailbox']}"
-        if state not in QUIET and not (view.away and not box["why"]):
-            why = f": {box['why']}" if box["why"] else ""
-            yield Trouble(
-                "warn" if state in SELDOM_READ else "bad",
-                f"{title} is {state}{why}",
-                ADVICE.get(state, ""),
-                command_in(box["why"]),
-                "" if at_work else "No new mail comes in",
-            )
-    titles = tuple(f"{box['account']}/{box['mailbox']}:" for box in boxes)
-    for sentence in view.status["why"]:
+        if box["state"] not in QUIET:
+            stops = "" if at_work else "No new mail comes in"
+            yield _of_mailbox(f"{box['account']}/{box['mailbox']}", box["state"], box["why"], stops)
+    titles = tuple(f"{box['account']}/{box['mailbox']}: " for box in boxes)
+    for sentence in view.news.why:
         if not sentence.startswith(("Redis: ", *titles)):
-            yield _said(view.name, sentence, stops=_stops(view))
+            yield _said(f"this {view.role}", sentence, _stops(view))
 
 
 def _of_the_others(view: View) -> Iterator[Trouble]:
-    for seen in view.snapshot.daemons:
+    for seen in view.daemons:
         daemon = seen.daemon
         if daemon.name == view.name:
             continue
         for sentence in seen.news.why if seen.alive else ():
-            if not (sentence.startswith("Redis: ") and not view.away):  # that was then
-                yield _said(f"{daemon.role} {daemon.name}", sentence, stops=_stops(view))
+            if not sentence.startswith("Redis: "):  # that was then: its heartbeat has reached Redis since
+                yield _said(f"{daemon.role} {daemon.name}", sentence, _stops(view))
         if not seen.alive and seen.silent < NEWS_SECONDS:
             yield Trouble(
                 "warn",
-                f"{daemon.role} {daemon.name} is silent for {ago(seen.silent)}: killed, or cut off from Redis",
-                "Its unfinished mail goes to the others. See its log, and start another:",
+                f"{daemon.role} {daemon.name} is gone",
+                f"No heartbeat for {ago(seen.silent)}: killed, or cut off from Redis.",
+                "What it had in hand goes to the others. See its log, and start another:",
                 RESTART.get(daemon.role, ""),
             )
     if view.snapshot.at is None:
@@ -196,39 +208,41 @@ def _of_the_others(view: View) -> Iterator[Trouble]:
     overview = view.snapshot.overview
     waiting = overview.live if overview else 0
     if view.role != "producer" and not view.alive("producer"):
-        yield Trouble(
-            "bad", "No producer is alive: no new mail comes in", "Start one:", RESTART["producer"], "No new mail comes in"
-        )
+        stops = "No new mail comes in"
+        yield Trouble("bad", "No producer is alive", todo="Start one:", command=RESTART["producer"], stops=stops)
     if view.role != "worker" and not view.alive("worker"):
-        wait = f"{waiting:,} mails wait" if waiting else "no mail waits for one yet"
+        why = f"{waiting:,} unfinished mails wait for one." if waiting else "No mail waits for one yet."
         stops = "Mail is not handled" if waiting else ""
-        yield Trouble("bad" if waiting else "warn", f"No worker is alive: {wait}", "Start one:", RESTART["worker"], stops)
+        yield Trouble("bad" if waiting else "warn", "No worker is alive", why, "Start one:", RESTART["worker"], stops)
 
 
-def _said(who: str, sentence: str, *, stops: str) -> Trouble:
+def _of_mailbox(title: str, state: str, why: str, stops: str = "") -> Trouble:
+    sentence, command = parted(why)
+    level: Level = "warn" if state in SELDOM_READ else "bad"
+    return Trouble(level, f"{title} {SAYS.get(state, f'is {state}')}", sentence, ADVICE.get(state, ""), command, stops)
+
+
+def _said(who: str, sentence: str, stops: str) -> Trouble:
     """A daemon's own sentence. `stops`: what stands still if it is a worker that does not read."""
-    if sentence.startswith("not reading: "):
-        by_itself = sentence.startswith("not reading: every breaker")
-        schema = sentence.startswith("not reading: schema")
-        todo = (
-            "It goes on by itself when what the handler calls answers again."
-            if by_itself
-            else "Update this worker: a newer producer wrote that mail."
-            if schema
-            else "Mend the handler, restart the workers, then replay or discard what died:"
-        )
-        return Trouble("bad", f"{who} is {sentence}", todo, "" if by_itself or schema else "python scripts/dlq.py groups", stops)
-    state = _STATE.search(sentence)
-    known = state[1] if state else ""
-    level: Level = "warn" if known in SELDOM_READ or not known else "bad"
-    return Trouble(level, f"{who}: {sentence}", ADVICE.get(known, ""), command_in(sentence))
+    mailbox = _OF_MAILBOX.fullmatch(sentence)
+    if mailbox:
+        return _of_mailbox(mailbox["title"], mailbox["state"], mailbox["why"] or "")
+    why, command = parted(sentence)
+    if not sentence.startswith("not reading: "):
+        return Trouble("warn", f"{who} reports trouble", why, command=command)
+    what, why = f"{who} takes no mail", sentence.removeprefix("not reading: ")
+    if why.startswith("every breaker"):
+        return Trouble("bad", what, why, "It goes on by itself when what the handler calls answers again.", stops=stops)
+    if why.startswith("schema"):
+        return Trouble("bad", what, why, "A newer producer wrote that mail: update this worker.", stops=stops)
+    todo = "Mend the handler and restart the workers. Then replay or discard what died:"
+    return Trouble("bad", what, why, todo, "python scripts/dlq.py groups", stops)
 
 
 def _stops(view: View) -> str:
     """What a worker's not reading stops: everything, if no other reads."""
-    own = ["not reading" in " ".join(view.status["why"])] if view.role == "worker" else []
-    others = ["not reading" in " ".join(seen.news.why) for seen in view.alive("worker") if seen.daemon.name != view.name]
-    return "Mail is not handled" if all([*own, *others]) else ""
+    reading = [not any(why.startswith("not reading: ") for why in seen.news.why) for seen in view.alive("worker")]
+    return "" if any(reading) else "Mail is not handled"
 
 
 def age_of(moment: str, now: datetime) -> float | None:

@@ -169,7 +169,7 @@ class Producer:
         hosts = endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts)
         onlooker = Onlooker(self.redis, self.keys, self.settings.stream.group, self.clock)
         onlooker.start(shutdown)
-        routes = page.routes(onlooker, pages["/status"], self.clock, bodies=run.status_page_bodies)
+        routes = page.routes(onlooker, pages["/status"], self.news, self.clock, bodies=run.status_page_bodies)
         stop_endpoint = endpoint.serve(listener, pages, hosts, shutdown, routes)
         watch.start(self.settings.redis.socket_timeout)
         readers = [shutdown.guard(mailbox.title, mailbox.run) for mailbox in self.mailboxes]

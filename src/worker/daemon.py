@@ -153,7 +153,7 @@ class Worker:
         pages = {"/health": self.health, "/ready": self.ready, "/status": self.status}
         hosts = endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts)
         self.onlooker.start(self.shutdown)
-        routes = page.routes(self.onlooker, self.status, self.clock, bodies=run.status_page_bodies)
+        routes = page.routes(self.onlooker, self.status, self.news, self.clock, bodies=run.status_page_bodies)
         return endpoint.serve(listener, pages, hosts, self.shutdown, routes)
 
     def _watch(self) -> Watch:
