@@ -220,8 +220,8 @@ def _cards(view: View) -> Html:
     oldest = [None if minute is None else minute.oldest for minute in minutes]
     common = max([1.0, *(value for kind in ("entered", "done") for value in counts[kind] if value)])
     start = view.now.timestamp() // 60 - MINUTES + 1
-    unread = f"{overview.unread:,} not begun · {overview.in_flight:,} in work · {overview.waiting:,} wait" if overview else ""
-    waits = f"{overview.waiting:,} wait for their next attempt" if overview else ""
+    unread = f"{overview.unread:,} new · {overview.in_flight:,} in work · {overview.waiting:,} waiting" if overview else ""
+    waits = f"{overview.waiting:,} waiting now" if overview else ""
     stands = f"{overview.dead:,} dead letter{'s' * (overview.dead != 1)} now" if overview else ""
 
     def rate(kind: str, name: str, note: str, top: float | None = None) -> Html:
@@ -235,7 +235,7 @@ def _cards(view: View) -> Html:
         return _card("gauge", name, now, note, values, None, peak, start)
 
     cards = (
-        rate("entered", "Came in", "published to the stream", common),
+        rate("entered", "Came in", "into the stream", common),
         rate("done", "Done", "by the handlers", common),
         gauge(
             "Unfinished", f"{overview.live:,}" if overview else "?", unread, live, f"{max([0.0, *(v for v in live if v)]):,.0f}"
@@ -245,7 +245,7 @@ def _cards(view: View) -> Html:
         gauge(
             "Oldest unfinished",
             (ago(overview.oldest) if overview.live else "none") if overview else "?",
-            "since it came in",
+            "since it came in" if overview and overview.live else "no mail is unfinished" if overview else "",
             oldest,
             ago(max([0.0, *(v for v in oldest if v)])),
         ),
@@ -283,7 +283,7 @@ def _card(
         '<figure class="card"><figcaption><h3>{}</h3><span class="big">{}</span>'
         '<span class="note">{}</span></figcaption><svg viewBox="0 0 240 56" preserveAspectRatio="none" role="img" aria-label="{}">{}'
         '<line class="unknown" x1="0" y1="55" x2="240" y2="55"/><line class="{}" x1="{}" y1="55" x2="240" y2="55"/></svg>'
-        '<div class="scale" aria-hidden="true"><span>1 h ago</span><span>most: {}</span><span>now</span></div></figure>',
+        '<div class="scale" aria-hidden="true"><span>1 h ago</span><span>most {}</span><span>now</span></div></figure>',
         name,
         big,
         note,
@@ -327,10 +327,10 @@ def _mailbox(box: Mapping[str, Any]) -> Html:
     facts = (
         f"last contact {ago(contact)} ago" if contact is not None else "no contact yet",
         f"{box['published']:,} published",
-        f"{box['lag']:,} to read" if box["lag"] else "nothing left to read",
-        f"up to UID {box['last_uid']:,}" if box["last_uid"] is not None else "",
+        "" if contact is None else f"{box['lag']:,} to read" if box["lag"] else "nothing left to read",
+        f"up to UID {box['last_uid']}" if box["last_uid"] else "",
         f"{box['unaccounted']:,} unaccounted" if box["unaccounted"] else "",
-        f"{box['account_bytes_today'] / 1e6:,.1f} MB today" if box["account_bytes_today"] else "",
+        f"{box['account_bytes_today'] / 1e6:,.1f} MB today" if box["account_bytes_today"] > 50_000 else "",
         f"token {'ends in ' + ago(ends) if ends > 0 else 'has ended'}" if isinstance(ends, (int, float)) else "",
     )
     why, command = parted(why)
@@ -400,7 +400,7 @@ def _link(daemon: Registration, view: View, host: str, text: str) -> Html:
     same = daemon.host == view.status["host"]
     if name in ("0.0.0.0", "::", "127.0.0.1", "localhost", "::1"):  # noqa: S104  # compared, not listened on
         name = host if same else daemon.host
-    return h('<a href="http://{}:{}/">{}</a>', f"[{name}]" if ":" in name else quote(name), port, text)
+    return h('<a href="http://{}:{}/">{}</a>', f"[{name}]" if ":" in name else quote(name, errors="replace"), port, text)
 
 
 def _retries(snapshot: Snapshot) -> Html:
