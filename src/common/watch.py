@@ -94,6 +94,7 @@ class Watch:
         self._server = ""
         self._full = False
         self._next_beat = 0.0
+        self._troubles = 0  # as the last heartbeat told: a new one is told at once
         self._refused = ""  # why Redis does not take our heartbeat
         self._evicts = ""  # what is wrong with its policy
         self._weighed = False
@@ -171,19 +172,19 @@ class Watch:
 
     def _ask(self) -> None:
         self._weigh(self._redis.memory())
-        now = self._clock.monotonic()
-        if now < self._next_beat:
+        now, news = self._clock.monotonic(), self._news()
+        if now < self._next_beat and len(news.why) == self._troubles:
             return
         self._persists, self._server = self._redis.persists(), self._redis.version()
         try:
-            registry.register(self._redis, self._keys, self._daemon, self._news())
+            registry.register(self._redis, self._keys, self._daemon, news)
         except (RedisFull, ConfigurationError, ScriptRefused) as error:
             if not self._refused:
                 log.warning("this daemon cannot be registered: %s", error)
             self._refused = str(error)
         else:
             self._refused = ""
-        self._next_beat = now + HEARTBEAT_SECONDS
+        self._next_beat, self._troubles = now + HEARTBEAT_SECONDS, len(news.why)
 
     def _weigh(self, memory: Memory | None) -> None:
         self._memory = memory

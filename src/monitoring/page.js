@@ -1,6 +1,6 @@
 (() => {
   "use strict";
-  const EVERY = 3000, PATIENCE = 8000;
+  const EVERY = 2000, PATIENCE = 8000;
   const shown = new Map();
   let answered = new Date(), timer = 0;
 
@@ -35,6 +35,7 @@
   // What changed is replaced, part by part; who tabs through it or selects text keeps their place.
   function show(text) {
     const fresh = new DOMParser().parseFromString(text, "text/html");
+    const heading = fresh.querySelector("[data-title]"); // before it moves into the page
     for (const part of fresh.querySelectorAll("[data-part]")) {
       const old = document.getElementById(part.id);
       if (!old || shown.get(part.id) === part.outerHTML || beingRead(old)) { continue; }
@@ -44,11 +45,10 @@
       old.replaceChildren(...part.childNodes);
       if (focused) { document.getElementById(focused)?.focus({ preventScroll: true }); }
     }
-    const title = fresh.querySelector("[data-title]");
-    if (title && document.title !== title.dataset.title) {
-      document.title = title.dataset.title;
-      document.getElementById("icon").href = title.dataset.icon;
-      say(title.textContent);
+    if (document.title !== heading.dataset.title) {
+      document.title = heading.dataset.title;
+      document.getElementById("icon").href = heading.dataset.icon;
+      say(heading.textContent);
     }
   }
 

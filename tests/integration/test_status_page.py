@@ -13,7 +13,6 @@ from src.common.keys import Keys
 from tests.support.browser import Browser, have_chromium
 from tests.support.daemons import Daemon
 from tests.support.pipeline import DEADLINE, Pipeline
-from tests.support.processes import free_port
 from tests.support.servers import need
 from tests.support.wait import until
 
@@ -101,30 +100,31 @@ def test_the_page_moves_by_itself(pipeline: Pipeline) -> None:
 
 
 def test_a_worker_shows_the_whole_too_and_bodies_only_if_asked(pipeline: Pipeline) -> None:
-    """Flow, daemons, dead letters; for the mailboxes it links to their producer. STATUS_PAGE_BODIES=true shows the text of the mail."""
+    """Flow, daemons, dead letters; for the mailboxes it links to their producer. STATUS_PAGE_BODIES=true shows its text."""
     pipeline.write_token(BOB)
     pipeline.source.revoke(BOB)  # type: ignore[union-attr]  # a sandbox
     [dead] = pipeline.deliver("permanent", body=b"<b>the text</b> of a mail\r\n")
-    with pipeline.producer(GMAIL_USERNAME=f"{pipeline.account},{BOB}") as producer, Browser(360, 740, dark=True) as phone:
-        with pipeline.worker(STATUS_PAGE_BODIES="true") as worker, reading(worker, phone) as origin:
-            pipeline.wait_until_settled()
-            address = producer.wait_for(r"health: (http://\S+)/health")[1]
-            sees(phone, "1 × Permanent in handlers.py:obey".replace(" ×", " ×\n"), "#letters")
-            sees(phone, f"{BOB}/INBOX is not read: it needs a new consent", "#verdict")
-            assert f"python producer.py --auth-setup --username {BOB}" in phone.text("#verdict")
-            assert phone.run("document.querySelector('#mailboxes a').href") == f"{address}/"
-            assert phone.run("matchMedia('(prefers-color-scheme: dark)').matches") is True
-            assert phone.run("document.documentElement.scrollWidth") == 360, "no horizontal scroll on a phone"
-            phone.open(f"{origin}/dead/{next(iter(pipeline.books().dead))}")
-            assert "<b>the text</b> of a mail" in phone.text()
-            assert phone.run("document.documentElement.scrollWidth") == 360
+    producing = pipeline.producer(GMAIL_USERNAME=f"{pipeline.account},{BOB}")
+    working = pipeline.worker(STATUS_PAGE_BODIES="true")
+    with producing as producer, working as worker, Browser(360, 740, dark=True) as phone, reading(worker, phone) as origin:
+        pipeline.wait_until_settled()
+        address = producer.wait_for(r"health: (http://\S+)/health")[1]
+        sees(phone, "Permanent in handlers.py:obey", "#letters")
+        sees(phone, f"{BOB}/INBOX is not read: it needs a new consent", "#verdict")
+        assert f"python producer.py --auth-setup --username {BOB}" in phone.text("#verdict")
+        assert phone.run("document.querySelector('#mailboxes a').href") == f"{address}/"
+        assert phone.run("matchMedia('(prefers-color-scheme: dark)').matches") is True
+        assert phone.run("document.documentElement.scrollWidth") == 360, "no horizontal scroll on a phone"
+        phone.open(f"{origin}/dead/{next(iter(pipeline.books().dead))}")
+        assert "<b>the text</b> of a mail" in phone.text()
+        assert phone.run("document.documentElement.scrollWidth") == 360
     pipeline.assert_accounted(dead={dead: "permanent"})
 
 
 def test_without_redis_the_page_says_so_and_shows_what_it_knew(pipeline: Pipeline) -> None:
     """Frozen: the page still answers, and what was done is still there; back, it goes on. When the daemon ends, the page says that too."""
     pipeline.deliver("one", "two")
-    with pipeline.producer() as producer, pipeline.worker() as worker, Browser() as browser:
+    with pipeline.producer() as producer, pipeline.worker(), Browser() as browser:
         origin = producer.wait_for(r"health: (http://127\.0\.0\.1:\d+)/health", DEADLINE)[1]
         browser.open(f"{origin}/")
         sees(browser, "Mail is flowing", "h1")
@@ -141,6 +141,6 @@ def test_without_redis_the_page_says_so_and_shows_what_it_knew(pipeline: Pipelin
         finally:
             pipeline.redis.thaw()
         until(lambda: not browser.text("h1").startswith("Mail stands still"), DEADLINE, "Redis is seen again")
-        assert producer.terminate() == 0 and worker.terminate() == 0
+        producer.kill9()
         sees(browser, "This daemon has not answered since", "#lost")
     pipeline.assert_accounted()
