@@ -118,7 +118,7 @@ def serve(
             server.run(sockets=[listener])
 
     thread = shutdown.guard("endpoint", run)
-    log.info("health: %s/health", address_of(listener))
+    log.info("health: %s/health, status page: %s/", address_of(listener), address_of(listener))
 
     def stop() -> None:
         server.should_exit = True

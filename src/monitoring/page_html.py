@@ -227,9 +227,7 @@ def _cards(view: View) -> Html:
     def rate(kind: str, name: str, note: str, top: float | None = None) -> Html:
         values = counts[kind]
         total = sum(value for value in values if value)
-        return _card(
-            kind, name, f"{total:,.0f}", note, values, top, f"{max([0.0, *(v for v in values if v)]):,.0f} a minute", start
-        )
+        return _card(kind, name, f"{total:,.0f}", note, values, top, f"{max([0.0, *(v for v in values if v)]):,.0f}", start)
 
     def gauge(name: str, now: str, note: str, values: Sequence[float | None], peak: str) -> Html:
         return _card("gauge", name, now, note, values, None, peak, start)

@@ -163,15 +163,27 @@ def _troubles(view: View) -> Iterator[Trouble]:
     if overview and overview.oldest > OLD_SECONDS and overview.unread and view.alive("worker"):
         what = f"The oldest unfinished mail is {ago(overview.oldest)} old, and {overview.unread:,} are not begun"
         yield Trouble("warn", what, todo="The workers do not keep up. Start another:", command=RESTART["worker"])
-    ages = [(age_of(group.last, view.now), group) for group in snapshot.letters.groups]
-    for age, group in [(age, group) for age, group in ages if age is not None and age < NEWS_SECONDS][:3]:
-        yield Trouble(
-            "warn",
-            f"{group.count:,} dead: {group.group}" if group.count > 1 else f"Dead: {group.group}",
-            f"The last one {ago(age)} ago.",
-            "Look at one under Dead letters and mend the cause. Then send them back:",
-            replay_group(group.group),
+    yield from _dead_lately(view)
+
+
+def _dead_lately(view: View) -> Iterator[Trouble]:
+    ages = [(age_of(group.last, view.now), group) for group in view.snapshot.letters.groups]
+    fresh = [(age, group) for age, group in ages if age is not None and age < NEWS_SECONDS]
+    if not fresh:
+        return
+    last, most = min(age for age, _ in fresh), fresh[0][1]
+    count = sum(group.count for _, group in fresh)
+    what = f"{count:,} dead letter{'s' * (count != 1)}"
+    if len(fresh) == 1:
+        todo, command = "Look at one under Dead letters and mend the cause. Then send them back:", replay_group(most.group)
+        yield Trouble("warn", f"{what}: {most.group}", f"The last mail died {ago(last)} ago.", todo, command)
+    else:
+        todo, command = (
+            "Look at one of each under Dead letters, and mend the causes. All of them:",
+            "python scripts/dlq.py groups",
         )
+        why = f"The last mail died {ago(last)} ago. Most of them: {most.group}."
+        yield Trouble("warn", f"{what} of {len(fresh)} errors", why, todo, command)
 
 
 def _of_this_daemon(view: View) -> Iterator[Trouble]:
