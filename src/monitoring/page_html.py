@@ -363,7 +363,9 @@ def _daemon(seen: Seen, view: View, host: str) -> Html:
     names = ("published", "done", "retried", "dead", "duplicates", "recovered", "lost")
     up = age_of(daemon.started, view.now)
     always = ("published",) if daemon.role == "producer" else ("done",)
+    why = seen.news.why if seen.alive else ()
     facts = [
+        f"{len(why)} trouble{'s' * (len(why) != 1)}, said above" if why else "",
         f"in work {counts['in_flight']:,}" if counts.get("in_flight") else "",
         *(f"{counts.get(name, 0):,} {name}" for name in names if counts.get(name) or name in always),
         f"up {ago(up)}" if up is not None and seen.alive else "",
@@ -371,17 +373,15 @@ def _daemon(seen: Seen, view: View, host: str) -> Html:
         f"pid {daemon.pid} on {daemon.host}",
         f"version {daemon.version}",
     ]
-    why = seen.news.why if seen.alive else ()
     level, state = ("bad", "gone") if not seen.alive else ("warn", "trouble") if why else ("good", "alive")
     link = _link(daemon, view, host, "status page") if seen.alive and daemon.name != view.name else Html("")
     return h(
-        '<div class="row">{}<h3>{} {}{}</h3>{}</div>{}{}',
+        '<div class="row">{}<h3>{} {}{}</h3>{}</div>{}',
         _pill(level, state),
         daemon.role,
         daemon.name,
         Html(' <span class="soft">this one</span>') if daemon.name == view.name else Html(""),
         link,
-        joined(h('<p class="why">{}</p>', _sentence(sentence)) for sentence in why),
         _facts(facts),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,18 @@ def sees(browser: Browser, text: str, where: str = "main") -> None:
     until(lambda: text in browser.text(where), DEADLINE, f"{where} shows {text!r}")
 
 
+def answered(url: str, host: str = "") -> tuple[int, str, str, str]:
+    """(status, content type, what the browser may load, what it guesses) of a page."""
+    request = urllib.request.Request(url, headers={"Host": host} if host else {})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            status, headers = answer.status, answer.headers
+    except urllib.error.HTTPError as error:
+        status, headers = error.code, error.headers
+    policy, guesses = headers.get("Content-Security-Policy", ""), headers.get("X-Content-Type-Options", "")
+    return status, headers["Content-Type"], policy.partition(";")[0], guesses
+
+
 def fell_silent(pipeline: Pipeline, daemon: Daemon) -> None:
     """As if the last heartbeat of a daemon that was killed were a minute old."""
     for name, entry in pipeline.client.hgetall(KEYS.daemons).items():
@@ -52,7 +65,10 @@ def test_the_page_moves_by_itself(pipeline: Pipeline) -> None:
     """Mail comes, is done, dies, and a worker is killed: all of it is seen without a reload. A subject is text, and a keyboard enough."""
     evil = "permanent <script>document.body.id='owned'</script><img src=x onerror=document.body.id='owned'>"
     with pipeline.producer() as producer, pipeline.worker() as worker, pipeline.worker() as other, Browser() as browser:
-        with reading(producer, browser):
+        with reading(producer, browser) as origin:
+            for path, status in (("/", 200), ("/fragment", 200), ("/dead/1-0", 404), ("/dead/..%2f", 404)):
+                assert answered(origin + path) == (status, "text/html; charset=utf-8", "default-src 'none'", "nosniff"), path
+            assert answered(f"{origin}/", "evil.example")[0] == 400
             sees(browser, "2 workers alive", "#daemons")
             assert browser.text("h1") == "Mail is flowing"
             browser.run("window.loaded = 'once'")
