@@ -88,6 +88,7 @@ def registered(redis: RedisClient, keys: Keys) -> list[Seen]:
 
 def _seen(entry: Mapping[str, Any], silent: float) -> Seen:
     """Fields of a later version are passed over."""
-    daemon = Registration(**{name.name: entry[name.name] for name in fields(Registration)})
+    told: dict[str, Any] = {name.name: str(entry[name.name]) for name in fields(Registration)}
+    daemon = Registration(**told | {"pid": int(entry["pid"])})
     counts = {str(name): int(count) for name, count in entry.get("counts", {}).items()}
     return Seen(daemon, silent, News(tuple(map(str, entry.get("why", ()))), counts))

@@ -207,7 +207,7 @@ class Onlooker:
 
     def _retries(self) -> tuple[Retry, ...]:
         """The next ones that are due."""
-        reply = self._redis.call("ZRANGEBYSCORE", self._keys.due, "-inf", "+inf", "WITHSCORES", "LIMIT", 0, MOST_RETRIES)
+        reply = self._redis.call("ZRANGEBYSCORE", self._keys.due, "-inf", "(+inf", "WITHSCORES", "LIMIT", 0, MOST_RETRIES)
         seconds, micros = self._redis.call("TIME")
         now = int(seconds) + int(micros) / 1e6
         waiting = [

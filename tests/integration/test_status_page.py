@@ -72,12 +72,11 @@ def test_the_page_moves_by_itself(pipeline: Pipeline) -> None:
             sees(browser, "2 workers alive", "#daemons")
             assert browser.text("h1") == "Mail is flowing"
             browser.run("window.loaded = 'once'")
-            pipeline.deliver("one", "two", "three")
-            sees(browser, "Done\n3\n", "#flow")
-            sees(browser, "3 published", "#mailboxes")
-            [dead] = pipeline.deliver(evil)
+            *_, dead = pipeline.deliver("one", "two", "three", evil)
             sees(browser, evil, "#letters")
+            sees(browser, "Done\n3\n", "#flow")
             sees(browser, "Died\n1\n", "#flow")
+            sees(browser, "4 published", "#mailboxes")
             sees(browser, "Mail is flowing, with something to look at", "h1")
             assert browser.run("document.title").startswith("Mail is flowing, with something to look at · producer ")
             other.kill9()
@@ -140,7 +139,7 @@ def test_a_worker_shows_the_whole_too_and_bodies_only_if_asked(pipeline: Pipelin
 def test_without_redis_the_page_says_so_and_shows_what_it_knew(pipeline: Pipeline) -> None:
     """Frozen: the page still answers, and what was done is still there; back, it goes on. When the daemon ends, the page says that too."""
     pipeline.deliver("one", "two")
-    with pipeline.producer() as producer, pipeline.worker(), Browser() as browser:
+    with pipeline.producer(REDIS_SOCKET_TIMEOUT="2") as producer, pipeline.worker(), Browser() as browser:
         origin = producer.wait_for(r"health: (http://127\.0\.0\.1:\d+)/health", DEADLINE)[1]
         browser.open(f"{origin}/")
         sees(browser, "Mail is flowing", "h1")

@@ -478,6 +478,7 @@ def test_what_waits_is_shown_by_its_due_time(client: RedisClient) -> None:
     stamp = int(client.call("TIME")[0])
     client.call("XADD", KEYS.stream, "1-0", "subject", "later", "email_id", "gm:a:1")
     client.call("ZADD", KEYS.due, (stamp + 500) * 1000, "1-0|gm:a:1", (stamp + 100) * 1000, "2-0|gm:a:2|odd")
+    client.call("ZADD", KEYS.due, "inf", "3-0|gm:a:3")  # by hand: never due
     client.call("HSET", KEYS.tries, "gm:a:1", "3|4|5")
     with onlooker(client) as (seen, now):
         first, second = look(seen, now).retries
