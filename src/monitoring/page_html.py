@@ -7,6 +7,7 @@ import hashlib
 import html
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -275,20 +276,23 @@ def _card(
         for number, value in enumerate(values)
         if value and (bar := max(1.5, 52 * min(1.0, value / most)))
     )
-    known = next((number for number, value in enumerate(values) if value is not None), len(values))
+    ground = joined(
+        h('<line class="{}" x1="{}" y1="55" x2="{}" y2="55"/>', "base" if watched else "unknown", 4 * run[0], 4 * run[-1] + 4)
+        for watched, numbers in groupby(range(len(values)), lambda number: values[number] is not None)
+        if (run := list(numbers))
+    )
     label = f"{name}, the last hour by the minute: {big}, at most {peak}"
     return h(
         '<figure class="card"><figcaption><h3>{}</h3><span class="big">{}</span>'
         '<span class="note">{}</span></figcaption><svg viewBox="0 0 240 56" preserveAspectRatio="none" role="img" aria-label="{}">{}'
-        '<line class="unknown" x1="0" y1="55" x2="240" y2="55"/><line class="{}" x1="{}" y1="55" x2="240" y2="55"/></svg>'
+        "{}</svg>"
         '<div class="scale" aria-hidden="true"><span>1 h ago</span><span>most {}</span><span>now</span></div></figure>',
         name,
         big,
         note,
         label,
         bars,
-        "base" if known else "base all",
-        4 * known,
+        ground,
         peak,
     )
 
