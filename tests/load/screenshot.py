@@ -26,7 +26,7 @@ HANDLER = "src.sandbox.demo_handler:handle"
 
 def mails_at(minute: float, draw: random.Random) -> int:
     """How many arrive now: waves of some minutes, and a burst now and then."""
-    return round(draw.random() * (2 + 2 * math.sin(minute / 4)) + (25 if draw.random() < 0.01 else 0))
+    return round(draw.random() * (4 + 3 * math.sin(minute / 3)) + (25 if draw.random() < 0.01 else 0))
 
 
 def main() -> None:
