@@ -77,13 +77,16 @@ SHARED = (
     "SISMEMBER {} 1",
     "SMISMEMBER {} 1",
     "ZCARD {}",
+    "ZRANGEBYSCORE {} 0 0",
     "ZREM {} a",
     "XADD {} * a b",
     "XLEN {}",
     "XRANGE {} - + COUNT 1",
+    "XREVRANGE {} + - COUNT 1",
     "XPENDING {} g",
     "XCLAIM {} g c 0 0-1",
     "XINFO GROUPS {}",
+    "XINFO STREAM {}",
 )
 CALLS = {
     "producer": (
@@ -102,7 +105,7 @@ CALLS = {
     ),
     "worker": (
         *SHARED,
-        *("DEL {}", "SADD {} 1", "ZADD {} 1 a", "ZRANGEBYSCORE {} 0 0", "XREVRANGE {} + - COUNT 1"),
+        *("DEL {}", "SADD {} 1", "ZADD {} 1 a"),
         *("XREADGROUP GROUP g c STREAMS {} >", "XACK {} g 0-1", "XDEL {} 0-1", "XTRIM {} MAXLEN 0", "XGROUP CREATE {} g 0"),
         *("XGROUP CREATECONSUMER {} g c", "XGROUP DELCONSUMER {} g c", "XINFO CONSUMERS {}"),
     ),

@@ -14,6 +14,7 @@ from config.settings import StreamSettings, WorkSettings
 from src.common.batch import each_answered
 from src.common.circuit_breaker import Breakers
 from src.common.clock import Clock
+from src.common.error_groups import fingerprint
 from src.common.exceptions import ScriptRefused, Transient
 from src.common.timing import WAY, Histogram
 from src.worker import dlq, idempotency, recovery
@@ -367,7 +368,7 @@ class Consumer:
         elif answer.verdict == "DEAD":
             self._died(failure.error_type)
             if failure.verb != "foreign":
-                self._deaths.append(dlq.fingerprint(failure.error_type, failure.error, failure.traceback))
+                self._deaths.append(fingerprint(failure.error_type, failure.error, failure.traceback))
             plural = "" if answer.attempts == 1 else "s"
             log.error("%s is dead after %d attempt%s (%s)", email_id, answer.attempts, plural, error)
         elif answer.verdict == "GONE":
