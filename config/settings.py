@@ -392,6 +392,12 @@ class RunSettings(Section):
         "A page of the web cannot read it under a name of its own.",
     )
 
+    status_page_bodies: bool = Field(
+        False,
+        alias="STATUS_PAGE_BODIES",
+        description="Whether the status page shows the text of dead mail too, to whoever can reach it.",
+    )
+
     @field_validator("http_allowed_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:

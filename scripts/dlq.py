@@ -19,6 +19,7 @@ from src.common import logging_config
 from src.common.batch import split
 from src.common.clock import SYSTEM
 from src.common.embedded import open_redis
+from src.common.error_groups import grouped
 from src.common.exceptions import ConfigurationError, IngestionError, RedisFull, Transient
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
@@ -168,24 +169,8 @@ def export(desk: Desk) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Group:
-    """`first`, `last`: when its letters died; `example`: id of the last one."""
-
-    group: str
-    count: int
-    first: str
-    last: str
-    example: str
-
-
 def print_groups(desk: Desk) -> int:
-    found: dict[str, Group] = {}
-    for letter in desk.matching():
-        name, died = letter.group, letter.fields.get("dead_at", "")
-        before = found.get(name, Group(name, 0, died, died, letter.id))
-        found[name] = Group(name, before.count + 1, before.first, died, letter.id)
-    groups = sorted(found.values(), key=lambda group: (-group.count, group.group))
+    groups = grouped((letter.id, letter.group, letter.fields.get("dead_at", "")) for letter in desk.matching())
     if not sys.stdout.isatty():
         for group in groups:
             print(json.dumps(asdict(group), ensure_ascii=False))

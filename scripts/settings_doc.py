@@ -1,4 +1,4 @@
-"""Makes .env.example and the README's table of settings from config/settings.py, or checks that they are up to date."""
+"""Makes .env.example and the table of docs/settings.md from config/settings.py, or checks that they are up to date."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import _path  # noqa: F401  # before the project's own modules
 from config.settings import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV, README = ROOT / ".env.example", ROOT / "README.md"
+ENV, PAGE = ROOT / ".env.example", ROOT / "docs" / "settings.md"
 BEGIN, END = "<!-- settings: begin (scripts/settings_doc.py --write) -->", "<!-- settings: end -->"
 SIGNS: tuple[tuple[type[Any], str, str], ...] = ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"))
 HEAD = """\
@@ -83,7 +83,7 @@ def env_text() -> str:
 
 
 def table_text() -> str:
-    """The table of the README, in Markdown."""
+    """The table of docs/settings.md, in Markdown."""
     lines = []
     for section in SECTIONS:
         lines += [f"**{section}**", "", "| Variable | Default | Allowed | Meaning |", "|---|---|---|---|"]
@@ -98,12 +98,12 @@ def cell(text: str) -> str:
     return text.replace("|", r"\|").replace("<", "&lt;")
 
 
-def readme_with_table(readme: str) -> str:
-    """The README with the table between its two marks. Raises ValueError where the marks are missing."""
-    before, begin, rest = readme.partition(BEGIN)
+def page_with_table(page: str) -> str:
+    """The page with the table between its two marks. Raises ValueError where the marks are missing."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"{README.name} has no lines {BEGIN} and {END}")
+        raise ValueError(f"{PAGE.name} has no lines {BEGIN} and {END}")
     return f"{before}{BEGIN}\n\n{table_text()}\n{END}{after}"
 
 
@@ -112,16 +112,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--env", action="store_true", help="print the text of .env.example")
-    what.add_argument("--table", action="store_true", help="print the table of README.md")
+    what.add_argument("--table", action="store_true", help="print the table of docs/settings.md")
     what.add_argument("--write", action="store_true", help="bring both files up to date")
     what.add_argument("--check", action="store_true", help="say which of the files is out of date")
     options = parser.parse_args()
     if options.env or options.table:
         sys.stdout.write(env_text() if options.env else table_text())
         return 0
-    readme = README.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     stale = False
-    for path, wanted in ((ENV, env_text()), (README, readme_with_table(readme))):
+    for path, wanted in ((ENV, env_text()), (PAGE, page_with_table(page))):
         if path.exists() and path.read_text(encoding="utf-8") == wanted:
             continue
         if options.write:

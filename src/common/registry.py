@@ -7,7 +7,9 @@ daemon that was killed is still seen, as silent, for a day.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
@@ -15,6 +17,8 @@ from src.common.redis_client import RedisClient
 HEARTBEAT_SECONDS = 10.0
 SILENT_SECONDS = 35.0  # three heartbeats missed and a moment: it is gone, or cut off
 FORGET_SECONDS = 86_400
+MOST_REASONS = 20
+REASON_CHARS = 500
 
 
 @dataclass(frozen=True)
@@ -32,20 +36,35 @@ class Registration:
 
 
 @dataclass(frozen=True)
+class News:
+    """What a daemon says of itself with each heartbeat. `why`: what does not go as it should, one sentence each. `counts`: mails
+    since it began, by what became of them (`published`; `started`, `done`, `retried`, `dead`, …), and `in_flight` now."""
+
+    why: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+NOTHING_NEW = News()
+
+
+@dataclass(frozen=True)
 class Seen:
-    """A registration that stands in Redis. `silent`: seconds since its last heartbeat, by the server's clock."""
+    """A registration that stands in Redis. `silent`: seconds since its last heartbeat, by the server's clock. `news`: of then."""
 
     daemon: Registration
     silent: float
+    news: News = NOTHING_NEW
 
     @property
     def alive(self) -> bool:
         return self.silent <= SILENT_SECONDS
 
 
-def register(redis: RedisClient, keys: Keys, daemon: Registration) -> None:
+def register(redis: RedisClient, keys: Keys, daemon: Registration, news: News = NOTHING_NEW) -> None:
     """One heartbeat; works when Redis is at its maxmemory. Raises what RedisClient raises."""
-    redis.run("register", [keys.daemons], [daemon.name, json.dumps(asdict(daemon)), FORGET_SECONDS])
+    why = [reason[:REASON_CHARS] for reason in news.why[:MOST_REASONS]]
+    entry = {**asdict(daemon), "why": why, "counts": dict(news.counts)}
+    redis.run("register", [keys.daemons], [daemon.name, json.dumps(entry), FORGET_SECONDS])
 
 
 def leave(redis: RedisClient, keys: Keys, daemon: Registration) -> None:
@@ -61,7 +80,15 @@ def registered(redis: RedisClient, keys: Keys) -> list[Seen]:
     for entry in redis.hash(keys.daemons).values():
         beat, _, content = entry.partition("|")
         try:
-            found.append(Seen(Registration(**json.loads(content)), max(0.0, now - int(beat) / 1000)))
-        except (ValueError, TypeError):
+            found.append(_seen(json.loads(content), max(0.0, now - int(beat) / 1000)))
+        except (ValueError, TypeError, KeyError, AttributeError):
             continue
     return sorted(found, key=lambda seen: (seen.daemon.role, seen.daemon.name))
+
+
+def _seen(entry: Mapping[str, Any], silent: float) -> Seen:
+    """Fields of a later version are passed over."""
+    told: dict[str, Any] = {name.name: str(entry[name.name]) for name in fields(Registration)}
+    daemon = Registration(**told | {"pid": int(entry["pid"])})
+    counts = {str(name): int(count) for name, count in entry.get("counts", {}).items()}
+    return Seen(daemon, silent, News(tuple(map(str, entry.get("why", ()))), counts))

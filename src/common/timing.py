@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import TypeVar
 
@@ -32,32 +31,28 @@ class Histogram:
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
-        self._counts: Counter[int] = Counter()  # by place among the bounds
+        self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
-        self._fresh: deque[float] = deque()
+        self._fresh: deque[tuple[float, int]] = deque()
         self._lock = threading.Lock()
 
-    def observe(self, seconds: float) -> None:
-        self._fresh.append(seconds)
-        if len(self._fresh) >= MANY:
-            self._count()
-
-    def observe_all(self, seconds: Iterable[float]) -> None:
-        self._fresh.extend(seconds)
+    def observe(self, seconds: float, times: int = 1) -> None:
+        self._fresh.append((seconds, times))
         if len(self._fresh) >= MANY:
             self._count()
 
     def _count(self) -> None:
         with self._lock:
-            fresh = [self._fresh.popleft() for _ in range(len(self._fresh))]  # only here something is taken out
-            self._counts.update(map(partial(bisect_left, self._bounds), fresh))
-            self._sum += sum(fresh)
+            for _ in range(len(self._fresh)):
+                seconds, times = self._fresh.popleft()  # only here something is taken out
+                self._counts[bisect_left(self._bounds, seconds)] += times
+                self._sum += seconds * times
 
     def read(self) -> tuple[list[tuple[float, int]], float]:
         """([(bound, how many were at most so long)], the last bound infinite; sum of all)."""
         self._count()
         with self._lock:
-            counts, total = [self._counts[place] for place in range(len(self._bounds) + 1)], self._sum
+            counts, total = list(self._counts), self._sum
         return list(zip((*self._bounds, float("inf")), accumulate(counts), strict=True)), total
 
 

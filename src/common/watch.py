@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from src.common import pauses, registry
@@ -16,7 +17,7 @@ from src.common.health import Beats, Memory, is_full
 from src.common.keys import Keys
 from src.common.overview import Survey
 from src.common.redis_client import Fields, RedisClient
-from src.common.registry import HEARTBEAT_SECONDS, Registration
+from src.common.registry import HEARTBEAT_SECONDS, News, Registration
 from src.common.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,8 @@ def eviction_fault(memory: Memory) -> str:
 
 
 class Watch:
-    """`daemon`: who we are. `survey`: taken every few seconds too. Start it once the endpoint is open; `stop` takes the daemon out of
-    the registry."""
+    """`daemon`: who we are; `news`: what it says of itself with each heartbeat. `survey`: taken every few seconds too. Start it once
+    the endpoint is open; `stop` takes the daemon out of the registry."""
 
     def __init__(
         self,
@@ -77,11 +78,13 @@ class Watch:
         beats: Beats,
         shutdown: Shutdown,
         clock: Clock,
+        news: Callable[[], News] = News,
         survey: Survey | None = None,
     ) -> None:
         self._redis = redis
         self._keys = keys
         self._daemon = daemon
+        self._news = news
         self._limits = limits
         self._beats = beats
         self._shutdown = shutdown
@@ -98,6 +101,7 @@ class Watch:
         self._next_beat = 0.0
         self._paused: Fields | None = None
         self._next_survey = 0.0
+        self._troubles = 0  # as the last heartbeat told: a new one is told at once
         self._refused = ""  # why Redis does not take our heartbeat
         self._evicts = ""  # what is wrong with its policy
         self._weighed = False
@@ -185,18 +189,18 @@ class Watch:
     def _ask(self) -> None:
         self._paused = self._redis.hash(self._keys.paused)
         self._weigh(self._redis.memory())
-        now = self._clock.monotonic()
-        if now >= self._next_beat:
-            self._beat()
-            self._next_beat = now + HEARTBEAT_SECONDS
+        now, news = self._clock.monotonic(), self._news()
+        if now >= self._next_beat or len(news.why) != self._troubles:
+            self._beat(news)
+            self._next_beat, self._troubles = now + HEARTBEAT_SECONDS, len(news.why)
         if self._survey and now >= self._next_survey:
             self._survey.take()
             self._next_survey = now + SURVEY_SECONDS
 
-    def _beat(self) -> None:
+    def _beat(self, news: News) -> None:
         self._persists, self._server = self._redis.persists(), self._redis.version()
         try:
-            registry.register(self._redis, self._keys, self._daemon)
+            registry.register(self._redis, self._keys, self._daemon, news)
         except (RedisFull, ConfigurationError, ScriptRefused) as error:
             if not self._refused:
                 log.warning("this daemon cannot be registered: %s", error)

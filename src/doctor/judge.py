@@ -156,6 +156,15 @@ def port(seen: Port) -> Finding:
     return Finding(check, "warn", detail, f"{who}  shows it; HTTP_PORT names a port of your choice")
 
 
+def metrics_port(number: int, state: PortState) -> Finding:
+    """The second port of /metrics: one that is taken stops nobody."""
+    if state != "other":
+        return port(Port(number, "metrics of the producer", state))
+    detail = "another program listens there: /metrics is answered on the daemon's own port alone"
+    remedy = f"ss -ltnp 'sport = :{number}'  shows it; METRICS_PORT names another port, or off"
+    return Finding(f"port {number}", "warn", detail, remedy)
+
+
 # accounts
 
 

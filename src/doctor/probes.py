@@ -77,13 +77,16 @@ SHARED = (
     "SISMEMBER {} 1",
     "SMISMEMBER {} 1",
     "ZCARD {}",
+    "ZRANGEBYSCORE {} 0 0",
     "ZREM {} a",
     "XADD {} * a b",
     "XLEN {}",
     "XRANGE {} - + COUNT 1",
+    "XREVRANGE {} + - COUNT 1",
     "XPENDING {} g",
     "XCLAIM {} g c 0 0-1",
     "XINFO GROUPS {}",
+    "XINFO STREAM {}",
 )
 CALLS = {
     "producer": (
@@ -102,7 +105,7 @@ CALLS = {
     ),
     "worker": (
         *SHARED,
-        *("DEL {}", "SADD {} 1", "ZADD {} 1 a", "ZRANGEBYSCORE {} 0 0", "XREVRANGE {} + - COUNT 1"),
+        *("DEL {}", "SADD {} 1", "ZADD {} 1 a"),
         *("XREADGROUP GROUP g c STREAMS {} >", "XACK {} g 0-1", "XDEL {} 0-1", "XTRIM {} MAXLEN 0", "XGROUP CREATE {} g 0"),
         *("XGROUP CREATECONSUMER {} g c", "XGROUP DELCONSUMER {} g c", "XINFO CONSUMERS {}"),
     ),
@@ -234,11 +237,14 @@ def _ports(redis: RedisClient | None, settings: Settings) -> Iterator[Finding]:
             seen = registry.registered(redis, Keys(settings.stream.name))
             here = [one.daemon for one in seen if one.alive and one.daemon.host == socket.gethostname()]
             known = {urlsplit(daemon.address).port or 0 for daemon in here}
-    wanted = [(PRODUCER_PORT, "producer", ""), (WORKER_PORT, "worker", ""), (METRICS_PORT, "metrics of the producer", "")]
+    wanted = [(PRODUCER_PORT, "producer", ""), (WORKER_PORT, "worker", "")]
     if run.http_port is not None:
-        wanted = [(run.http_port, "daemon", "HTTP_PORT"), wanted[2]] if run.http_port else [wanted[2]]
+        wanted = [(run.http_port, "daemon", "HTTP_PORT")] if run.http_port else []
     for number, role, demanded in wanted:
         yield judge.port(judge.Port(number, role, _port_state(run.http_host, number, known), demanded))
+    second = METRICS_PORT if run.metrics_port is None else run.metrics_port
+    if second not in ("off", 0):
+        yield judge.metrics_port(int(second), _port_state(run.http_host, int(second), set()))
 
 
 def _port_state(host: str, number: int, known: set[int]) -> judge.PortState:
@@ -247,19 +253,18 @@ def _port_state(host: str, number: int, known: set[int]) -> judge.PortState:
         try:
             probe.bind((host, number))
         except OSError:
-            return "ours" if number in known or _is_health(host, number) else "other"
+            return "ours" if number in known or _is_ours(host, number) else "other"
     return "free"
 
 
-def _is_health(host: str, number: int) -> bool:
-    """Whether /health there answers as one of our daemons does."""
+def _is_ours(host: str, number: int) -> bool:
+    """Whether /metrics there answers as one of our daemons does, on either of its ports."""
     name = f"[{host}]" if ":" in host else host
     try:
-        with urllib.request.urlopen(f"http://{name}:{number}/health", timeout=HTTP_SECONDS) as answer:
-            body = json.loads(answer.read(65_536))
+        with urllib.request.urlopen(f"http://{name}:{number}/metrics", timeout=HTTP_SECONDS) as answer:
+            return b"email_build_info" in answer.read(1_000_000)
     except (OSError, ValueError, HTTPException):
         return False
-    return isinstance(body, dict) and body.get("status") in ("ok", "degraded", "stuck")
 
 
 # accounts

@@ -120,7 +120,10 @@ def serve(
             server.run(sockets=[listener])
 
     thread = shutdown.guard("endpoint", run)
-    log.info("%s: %s/%s", title, address_of(listener), title)
+    address = address_of(listener)
+    log.info(
+        "%s: %s/%s%s", title, address, title, f", status page: {address}/" if any(route.path == "/" for route in routes) else ""
+    )
 
     def stop() -> None:
         server.should_exit = True

@@ -209,12 +209,15 @@ def daemon_counts(daemons: Collection[Seen]) -> Rows:
 
 
 def targets(me: Registration, daemons: Collection[Seen]) -> list[dict[str, object]]:
-    """GET /targets, for Prometheus' http_sd: this producer, and every daemon that was alive when Redis was last asked."""
+    """GET /targets, for Prometheus' http_sd: this producer, and every daemon that was alive when Redis was last asked.
+
+    `daemon_role` is no `role`, which some of our metrics have as a label of their own.
+    """
     alive = {seen.daemon.name: seen.daemon for seen in daemons if seen.alive and seen.daemon.address}
     return [
         {
             "targets": [_reachable(daemon)],
-            "labels": {"job": "email-ingestion", "role": daemon.role, "name": daemon.name},
+            "labels": {"job": "email-ingestion", "daemon_role": daemon.role, "name": daemon.name},
         }
         for daemon in {me.name: me, **alive}.values()
     ]

@@ -32,14 +32,15 @@ from src.common.health import Beats, Page, intake_reasons, liveness, readiness
 from src.common.keys import Keys
 from src.common.overview import Survey
 from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
-from src.common.registry import Registration
+from src.common.registry import News, Registration
 from src.common.shutdown import Shutdown
 from src.common.timing import ROUND_TRIP, WORK, Histogram, Stopwatch
 from src.common.watch import Limits, Watch, check_policy
 from src.common.watchdog import Watchdog
 from src.imap.imap_client import ImapEndpoint, ImapMailbox
-from src.monitoring import endpoint, metrics
+from src.monitoring import endpoint, metrics, page
 from src.monitoring.metrics import Metrics
+from src.monitoring.page_look import Onlooker
 from src.producer import numbers
 from src.producer.mailbox import Mailbox, is_down
 from src.producer.repair import Checkup
@@ -181,10 +182,15 @@ class Producer:
         self.watch = watch = self._watch(me)
         pages = {"/health": self.health, "/ready": self.ready, "/status": lambda: self.status(me)}
         hosts = endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts)
-        page = endpoint.plain("/metrics", metrics.CONTENT_TYPE, Metrics(CollectorRegistry(), metrics.PRODUCER, self.numbers).text)
-        stop_endpoint = endpoint.serve(listener, pages, hosts, shutdown, [page, self._targets(me)])
+        scrape = endpoint.plain(
+            "/metrics", metrics.CONTENT_TYPE, Metrics(CollectorRegistry(), metrics.PRODUCER, self.numbers).text
+        )
+        onlooker = Onlooker(self.redis, self.keys, self.settings.stream.group, self.clock)
+        onlooker.start(shutdown)
+        looks = page.routes(onlooker, pages["/status"], self.news, self.clock, bodies=run.status_page_bodies)
+        stop_endpoint = endpoint.serve(listener, pages, hosts, shutdown, [scrape, self._targets(me), *looks])
         metrics_port = METRICS_PORT if run.metrics_port is None else run.metrics_port
-        stop_metrics = endpoint.serve_metrics(run.http_host, metrics_port, page, hosts, shutdown)
+        stop_metrics = endpoint.serve_metrics(run.http_host, metrics_port, scrape, hosts, shutdown)
         watch.start(self.settings.redis.socket_timeout)
         readers = [shutdown.guard(mailbox.title, mailbox.run) for mailbox in self.mailboxes]
         shutdown.guard("leases", self._keep_leases)
@@ -198,6 +204,7 @@ class Producer:
         shutdown.add_step(55, "registration", watch.stop)
         shutdown.add_step(60, "endpoint", stop_endpoint)
         shutdown.add_step(60, "metrics", stop_metrics)
+        shutdown.add_step(65, "page", onlooker.stop)
         shutdown.add_step(70, "spans", tracing.end)
         while not shutdown.wait(run.stats_interval):
             self._report()
@@ -252,7 +259,7 @@ class Producer:
     def _watch(self, me: Registration) -> Watch:
         redis = self.settings.redis
         limits = Limits(redis.memory_high, redis.memory_low, redis.allow_eviction)
-        return Watch(self.redis, self.keys, me, limits, self.beats, self.shutdown, self.clock, self.survey)
+        return Watch(self.redis, self.keys, me, limits, self.beats, self.shutdown, self.clock, self.news, self.survey)
 
     # what its endpoint says
 
@@ -290,6 +297,9 @@ class Producer:
         return endpoint.plain(
             "/targets", "application/json", lambda: json.dumps(metrics.targets(me, self.survey.daemons)).encode()
         )
+
+    def news(self) -> News:
+        return News(tuple(self._degraded()), {"published": sum(mailbox.reader.published for mailbox in self.mailboxes)})
 
     def _degraded(self) -> list[str]:
         """One sentence for each thing that does not go as it should, though a restart would not help."""

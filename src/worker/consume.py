@@ -14,6 +14,7 @@ from config.settings import StreamSettings, WorkSettings
 from src.common.batch import each_answered
 from src.common.circuit_breaker import Breakers
 from src.common.clock import Clock
+from src.common.error_groups import fingerprint
 from src.common.exceptions import ScriptRefused, Transient
 from src.common.timing import WAY, Histogram
 from src.worker import dlq, idempotency, recovery
@@ -341,13 +342,13 @@ class Consumer:
             log.error("Redis refuses to complete %s: %s. It is tried again after its lease.", email_id, verdict)
 
     def _time_done(self, done: Sequence[Done], verdicts: Sequence[idempotency.Settled | ScriptRefused]) -> None:
-        now = self.clock.wall().timestamp() * 1000
-        entered = [
-            int(mail.delivery.stream_id.partition("-")[0])
-            for mail, verdict in zip(done, verdicts, strict=True)
-            if verdict in ("OK", "ALREADY")
-        ]
-        self.way.observe_all([(now - moment) / 1000 if moment < now else 0.0 for moment in entered])  # two clocks
+        settled = zip(done, verdicts, strict=True)
+        entered = Counter(
+            [mail.delivery.stream_id.partition("-")[0] for mail, verdict in settled if verdict in ("OK", "ALREADY")]
+        )
+        now = self.clock.wall().timestamp()
+        for moment, mails in entered.items():  # a batch of the producer has one moment
+            self.way.observe(max(0.0, now - int(moment) / 1000), mails)
 
     def _died(self, error_type: str) -> None:
         self.counts["dead"] += 1
@@ -367,7 +368,7 @@ class Consumer:
         elif answer.verdict == "DEAD":
             self._died(failure.error_type)
             if failure.verb != "foreign":
-                self._deaths.append(dlq.fingerprint(failure.error_type, failure.error, failure.traceback))
+                self._deaths.append(fingerprint(failure.error_type, failure.error, failure.traceback))
             plural = "" if answer.attempts == 1 else "s"
             log.error("%s is dead after %d attempt%s (%s)", email_id, answer.attempts, plural, error)
         elif answer.verdict == "GONE":

@@ -28,14 +28,15 @@ from src.common.exceptions import ArchiveUnavailable, GroupMissing, Transient
 from src.common.health import Beats, Page, liveness, readiness, work_reasons
 from src.common.keys import Keys
 from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
-from src.common.registry import Registration
+from src.common.registry import News, Registration
 from src.common.retry import retry_on_redis_error
 from src.common.shutdown import Shutdown
 from src.common.timing import ROUND_TRIP, Histogram, Stopwatch
 from src.common.watch import Limits, Watch, check_policy
 from src.common.watchdog import Watchdog
-from src.monitoring import endpoint, metrics
+from src.monitoring import endpoint, metrics, page
 from src.monitoring.metrics import Metrics
+from src.monitoring.page_look import Onlooker
 from src.worker import dlq, numbers, recovery
 from src.worker.child import Child
 from src.worker.consume import Consumer
@@ -98,6 +99,7 @@ class Worker:
         redis.stopwatch = Stopwatch(clock.monotonic, self.round_trips.observe)
         self.me = Registration("worker", name, "", VERSION, socket.gethostname(), os.getpid(), iso(clock.wall()))
         self.watch: Watch | None = None
+        self.onlooker = Onlooker(redis, self.seat.keys, self.seat.group, clock)
 
     def run(self) -> None:
         """Work until the shutdown is requested, then end in order."""
@@ -129,6 +131,7 @@ class Worker:
         shutdown.add_step(50, "side threads", self.stopped.set)
         shutdown.add_step(55, "registration", watch.stop)
         shutdown.add_step(60, "endpoint", stop_endpoint)
+        shutdown.add_step(65, "page", self.onlooker.stop)
         shutdown.add_step(70, "spans", tracing.end)
 
         while not shutdown.wait(settings.run.stats_interval):
@@ -156,14 +159,18 @@ class Worker:
         self.me = replace(self.me, address=endpoint.address_of(listener))
         pages = {"/health": self.health, "/ready": self.ready, "/status": self.status}
         hosts = endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts)
-        page = endpoint.plain("/metrics", metrics.CONTENT_TYPE, Metrics(CollectorRegistry(), metrics.WORKER, self.numbers).text)
-        self.shutdown.add_step(60, "metrics", endpoint.serve_metrics(run.http_host, run.metrics_port, page, hosts, self.shutdown))
-        return endpoint.serve(listener, pages, hosts, self.shutdown, [page])
+        scrape = endpoint.plain("/metrics", metrics.CONTENT_TYPE, Metrics(CollectorRegistry(), metrics.WORKER, self.numbers).text)
+        self.shutdown.add_step(
+            60, "metrics", endpoint.serve_metrics(run.http_host, run.metrics_port, scrape, hosts, self.shutdown)
+        )
+        self.onlooker.start(self.shutdown)
+        looks = page.routes(self.onlooker, self.status, self.news, self.clock, bodies=run.status_page_bodies)
+        return endpoint.serve(listener, pages, hosts, self.shutdown, [scrape, *looks])
 
     def _watch(self) -> Watch:
         redis = self.settings.redis
         limits = Limits(redis.memory_high, redis.memory_low, redis.allow_eviction)
-        return Watch(self.seat.redis, self.seat.keys, self.me, limits, self.beats, self.shutdown, self.clock)
+        return Watch(self.seat.redis, self.seat.keys, self.me, limits, self.beats, self.shutdown, self.clock, self.news)
 
     def health(self) -> Page:
         return liveness(self.beats.seen(), self.clock.monotonic(), self._degraded())
@@ -198,6 +205,9 @@ class Worker:
             **numbers.of_work(self.consumer, self.runners, joined=self.joined),
             **metrics.of_both(VERSION, "worker", self.watch, self.round_trips, breakers),
         }
+
+    def news(self) -> News:
+        return News(tuple(self._degraded()), {**self.consumer.counts, "in_flight": self.consumer.in_flight()})
 
     def _degraded(self) -> list[str]:
         """One sentence for each thing that does not go as it should, though a restart would not help. Redis' high water is intake's."""

@@ -11,6 +11,7 @@ from typing import Literal
 
 from config.settings import StreamSettings
 from src.common.clock import iso
+from src.common.error_groups import bounded, group_of
 from src.common.keys import Keys
 from src.common.redis_client import Fields, RedisClient
 from src.worker.delivery import Delivery, Place, Seat, numbered, place_of
@@ -19,8 +20,6 @@ log = logging.getLogger(__name__)
 
 Verb = Literal["retry", "crash", "postpone", "bury", "foreign"]
 PAGE = 100  # letters read at once
-MAX_ERROR_CHARS = 2_000
-MAX_TRACEBACK_CHARS = 8_000
 MAX_FIELDS = 1_020  # `bury` keeps 1,000 fields and adds its notes; what is wider was put there by somebody else
 _ENTRY_ID = re.compile(r"\d+-\d+")
 
@@ -68,9 +67,8 @@ class DeadLetter:
 
     @property
     def group(self) -> str:
-        """See `fingerprint`."""
-        note = self.fields.get
-        return fingerprint(note("dead_error_type", ""), note("dead_error", ""), note("dead_traceback", ""))
+        """See `src.common.error_groups.fingerprint`."""
+        return group_of(self.fields)
 
 
 def fail(seat: Seat, failures: Sequence[Failure], *, now: datetime) -> list[Failed]:
@@ -85,13 +83,6 @@ def fail(seat: Seat, failures: Sequence[Failure], *, now: datetime) -> list[Fail
         args += [failure.error_type, _utf8(error), _utf8(traceback), failure.handler]
     reply = seat.redis.run("fail", [keys.stream, keys.index, keys.starts, keys.tries, keys.due, keys.dlq, keys.open], args)
     return [Failed(verdict, int(attempts)) for verdict, attempts in reply]
-
-
-def bounded(error: str, traceback: str) -> tuple[str, str]:
-    """Both as they are kept. A long message is cut within the traceback too, or it would push the frames out of it. Safe to repeat."""
-    if len(error) > MAX_ERROR_CHARS:
-        traceback = traceback.replace(error, error[:MAX_ERROR_CHARS])
-    return error[:MAX_ERROR_CHARS], traceback[-MAX_TRACEBACK_CHARS:]
 
 
 def _utf8(text: str) -> str:
@@ -187,61 +178,3 @@ def expire(redis: RedisClient, keys: Keys, stream: StreamSettings, *, most: int 
             stream.dlq_days,
         )
     return given_up
-
-
-# which errors are one
-
-_FRAME = re.compile(r'  File "(?P<file>.+)", line \d+, in (?P<function>.+)')
-_GROUP_PREFIX = re.compile(r"^ +\| ", re.MULTILINE)
-_LIBRARY = re.compile(r"^<|/(?:site|dist)-packages/|/lib(?:64)?/python\d")
-_FRAMEWORK = re.compile(r"/src/(?:worker|common|mail|imap|auth|monitoring)/\w+\.py$")
-_WITH_NUMBER = re.compile(r"\S+@\S+|\b[0-9a-fA-F]{8,}\b|[-+]?\b\w*\d\w*\b")
-_NUMBERS = re.compile(r"#(?:[.,:/_+-]?#)+")
-GROUP_CHARS = 120
-
-
-def fingerprint(error_type: str, error: str, traceback: str) -> str:
-    """The group of an error, one printable line: `<type> in <file>:<function>`, of the innermost frame that is the user's code (else of
-    the innermost one); without a traceback `<type>: <message>`, its numbers, ids and addresses as #. Pure.
-
-    The same for an error as it was raised and as it was kept; line numbers, chained errors and the message do not matter.
-    """
-    error, traceback = bounded(error, traceback)
-    frames = _frames(error_type, error, traceback)
-    kind = error_type or "unknown"
-    if not frames:
-        words = next((line.strip() for line in error.splitlines() if line.strip()), "")
-        words = _NUMBERS.sub("#", _WITH_NUMBER.sub("#", words))
-        return _plain(f"{kind}: {words}" if words else kind)
-    own = [frame for frame in frames if not _LIBRARY.search(frame[0]) and not _FRAMEWORK.search(frame[0])]
-    file, function = (own or frames)[-1]
-    parts = file.split("/")
-    name = "/".join(parts[-2:]) if parts[-1] in ("__init__.py", "__main__.py") else parts[-1]
-    return _plain(f"{kind} in {name}:{function}")
-
-
-def _frames(error_type: str, error: str, traceback: str) -> list[tuple[str, str]]:
-    """(file, function) of the frames of the last exception, the innermost last.
-
-    Read backwards from the last exception's own line, of which the text is known: so a message that looks like a traceback is none.
-    """
-    text = traceback.replace("\\", "/")
-    if "Exception Group Traceback" in text:
-        text = _GROUP_PREFIX.sub("", text)
-    end = text.rfind((f"{error_type}: {error}" if error else error_type).replace("\\", "/"))
-    lines = (text[:end] if end >= 0 else text).split("\n")
-    last = len(lines) - 1
-    if end < 0:  # an error that is not printed as its str(): a SyntaxError, or one whose __str__ fails
-        last = next((number for number in range(last, 0, -1) if _FRAME.match(lines[number - 1])), 0)
-    found = []
-    for line in reversed(lines[:last]):
-        frame = _FRAME.match(line)
-        if frame:
-            found.append((frame["file"], frame["function"]))
-        elif not line.startswith(("    ", "  [Previous line")):
-            break
-    return found[::-1]
-
-
-def _plain(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text)[:GROUP_CHARS]

@@ -394,14 +394,14 @@ def test_targets_are_the_daemons_that_live(pipeline: Pipeline) -> None:
         return {row["targets"][0]: row["labels"] for row in json.loads(get(f"http://127.0.0.1:{port}/targets")[1])}
 
     def workers() -> int:
-        return sum(labels["role"] == "worker" for labels in targets().values())
+        return sum(labels["daemon_role"] == "worker" for labels in targets().values())
 
     with pipeline.producer(HTTP_PORT=str(port)) as producer, pipeline.worker() as worker, pipeline.worker() as other:
         producer.wait_for("producer reads")
         until(lambda: workers() == 2, DEADLINE, "both workers are targets")
         by_address = {seen.daemon.address.removeprefix("http://"): seen.daemon for seen in daemons(pipeline)}
         assert targets() == {
-            address: {"job": "email-ingestion", "role": daemon.role, "name": daemon.name}
+            address: {"job": "email-ingestion", "daemon_role": daemon.role, "name": daemon.name}
             for address, daemon in by_address.items()
         }
         for address in by_address:

@@ -206,7 +206,7 @@ def pages(daemon: Daemon) -> str:
     """All that its endpoint says."""
     address = daemon.wait_for(r"health: (http://\S+)/health", DEADLINE)[1]
     told = []
-    for page in ("health", "ready", "status"):
+    for page in ("health", "ready", "status", "", "fragment"):
         try:
             with urllib.request.urlopen(f"{address}/{page}", timeout=20) as answer:
                 told.append(answer.read().decode())

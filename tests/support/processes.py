@@ -70,13 +70,22 @@ def release(group: int) -> None:
 
 
 class ChildProcess:
-    """One running child in its own process group, its stdout and stderr appended to `log`."""
+    """One running child in its own process group, its stdout and stderr appended to `log`. `pass_fds`: see subprocess.Popen."""
 
-    def __init__(self, argv: Sequence[str | Path], *, log: Path, env: Mapping[str, str], cwd: Path) -> None:
+    def __init__(
+        self, argv: Sequence[str | Path], *, log: Path, env: Mapping[str, str], cwd: Path, pass_fds: Sequence[int] = ()
+    ) -> None:
         self._log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                cwd=cwd,
+                pass_fds=pass_fds,
+                start_new_session=True,
             )
         self.pid = self._process.pid
         _tell_reaper("+", self.pid)

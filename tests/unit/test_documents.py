@@ -15,8 +15,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 STATES = ("done", "part", "not yet")
 
 
-def test_env_example_and_readme_are_made_from_the_settings() -> None:
-    """scripts/settings_doc.py finds nothing to change in .env.example and the README's table."""
+def test_env_example_and_the_table_are_made_from_the_settings() -> None:
+    """scripts/settings_doc.py finds nothing to change in .env.example and docs/settings.md."""
     command = [sys.executable, "scripts/settings_doc.py", "--check"]
     checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stderr) == (0, "")

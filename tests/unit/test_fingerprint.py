@@ -11,7 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from src.worker.dlq import DeadLetter, bounded, fingerprint
+from src.common.error_groups import bounded, fingerprint
+from src.worker.dlq import DeadLetter
 from src.worker.processor import TRACEBACK_FRAMES
 
 HERE = "test_fingerprint.py"

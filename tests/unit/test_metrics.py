@@ -57,7 +57,8 @@ def text_of(declared: list[Declared], numbers: Numbers) -> str:
 def test_the_text_to_the_letter() -> None:
     """Counters, gauges and histograms with their HELP and TYPE, labels escaped; nothing is said of when they were created."""
     took = Histogram((0.25, 1.0))
-    took.observe_all([0.25, 0.5, 2.0])
+    for seconds in (0.25, 0.5, 2.0):
+        took.observe(seconds)
     declared = [
         Declared("email_a_total", "counter", ("account", "mailbox"), "Mails"),
         Declared("email_b", "gauge", (), "Of now"),
@@ -234,7 +235,7 @@ def test_daemons_are_counted_by_role_and_life() -> None:
 
 
 def row(address: str, role: str, name: str) -> dict[str, object]:
-    return {"targets": [address], "labels": {"job": "email-ingestion", "role": role, "name": name}}
+    return {"targets": [address], "labels": {"job": "email-ingestion", "daemon_role": role, "name": name}}
 
 
 def test_targets_are_the_daemons_that_live() -> None:

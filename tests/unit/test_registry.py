@@ -13,7 +13,7 @@ from src.common import registry
 from src.common.exceptions import RedisFull
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
-from src.common.registry import FORGET_SECONDS, SILENT_SECONDS, Registration, registered
+from src.common.registry import FORGET_SECONDS, SILENT_SECONDS, News, Registration, registered
 from tests.support.daemons import ROOT
 from tests.support.fake import Store
 from tests.support.servers import RedisServer
@@ -56,6 +56,19 @@ def test_a_silent_daemon_is_seen_as_silent_for_a_day(store: Store) -> None:
     assert set(found) == {PRODUCER.name, "dead"}
     assert (found[PRODUCER.name].alive, found["dead"].alive) == (True, False)
     assert SILENT_SECONDS < found["dead"].silent < SILENT_SECONDS + 60
+
+
+def test_a_heartbeat_carries_news_within_bounds(store: Store) -> None:
+    """Reasons and counts; what is too much of them is cut. What a later version adds is passed over, what an earlier one lacks is empty."""
+    news = News(("it rains",) * 30 + ("x",), {"done": 3})
+    registry.register(store.redis, store.keys, PRODUCER, replace(news, why=("y" * 9_999, *news.why)))
+    [seen] = registered(store.redis, store.keys)
+    assert (len(seen.news.why), len(seen.news.why[0]), seen.news.why[1], seen.news.counts) == (20, 500, "it rains", {"done": 3})
+    beat = f"{store.redis.call('TIME')[0]}000|"
+    store.redis.call("HSET", store.keys.daemons, "new", beat + json.dumps({**vars(PRODUCER), "name": "new", "mood": "good"}))
+    assert [(one.daemon.name, one.news) for one in registered(store.redis, store.keys) if one.daemon != PRODUCER] == [
+        ("new", News())
+    ]
 
 
 def test_entries_of_another_version_are_left_out(store: Store) -> None:

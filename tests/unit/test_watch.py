@@ -16,7 +16,7 @@ from src.common.exceptions import BreakerOpen, ConfigurationError, IngestionErro
 from src.common.health import Beats, Memory
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient, is_away
-from src.common.registry import HEARTBEAT_SECONDS, Registration, registered
+from src.common.registry import HEARTBEAT_SECONDS, News, Registration, registered
 from src.common.retry import retry_on_redis_error
 from src.common.shutdown import Shutdown
 from src.common.watch import ANSWER_SECONDS, NOT_ASKED, Limits, Watch, check_policy
@@ -237,6 +237,26 @@ def test_its_thread_beats_and_leaves(client: RedisClient) -> None:
     watch.stop()
     assert (registered(client, KEYS), beats.seen()) == ([], {})
     assert not shutdown.requested
+
+
+def test_a_new_trouble_is_told_at_once(client: RedisClient) -> None:
+    """With the next look, not the next heartbeat; so is its end. The counts come with the heartbeats."""
+    told, now = [News((), {"done": 1})], [100.0]
+    clock = Clock(wall=lambda: datetime.now(UTC), monotonic=lambda: now[0])
+    watch = Watch(client, KEYS, ME, LIMITS, Beats(clock), Shutdown(), clock, lambda: told[0])
+
+    def looked(news: News, seconds: float = 1.0) -> News:
+        told[0] = news
+        now[0] += seconds
+        watch.look()
+        [seen] = registered(client, KEYS)
+        return seen.news
+
+    assert looked(News((), {"done": 1})) == News((), {"done": 1})
+    assert looked(News((), {"done": 2})) == News((), {"done": 1})
+    assert looked(News(("it rains",), {"done": 3})) == News(("it rains",), {"done": 3})
+    assert looked(News((), {"done": 4})) == News((), {"done": 4})
+    assert looked(News((), {"done": 5}), HEARTBEAT_SECONDS) == News((), {"done": 5})
 
 
 # the breaker of Redis
