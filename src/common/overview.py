@@ -1,16 +1,12 @@
-"""What the stream holds, in numbers, and which daemons there are: for the metrics, the status page and the scripts."""
+"""What the stream holds, in numbers: for the metrics, the status page and the scripts."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
-from src.common.exceptions import ConfigurationError, GroupMissing, ScriptRefused
+from src.common.exceptions import GroupMissing
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
-from src.common.registry import Seen, registered
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,27 +53,3 @@ def _pending(redis: RedisClient, keys: Keys, group: str) -> int:
         return int(redis.call("XPENDING", keys.stream, group)[0])
     except GroupMissing:
         return 0
-
-
-class Survey:
-    """The last known overview and the last known daemons. `take` asks; who reads them never waits."""
-
-    def __init__(self, redis: RedisClient, keys: Keys, group: str) -> None:
-        self._redis = redis
-        self._keys = keys
-        self._group = group
-        self._refused = ""
-        self.overview: Overview | None = None
-        self.daemons: list[Seen] = []
-
-    def take(self) -> None:
-        """Raises Transient while Redis is away. What it refuses to tell stays unknown, and is logged once."""
-        try:
-            self.daemons = registered(self._redis, self._keys)
-            self.overview = look(self._redis, self._keys, self._group)
-        except (ConfigurationError, ScriptRefused) as error:
-            if not self._refused:
-                log.warning("the stream cannot be counted for the metrics: %s", error)
-            self._refused = str(error)
-        else:
-            self._refused = ""

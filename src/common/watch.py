@@ -15,7 +15,6 @@ from src.common.clock import Clock
 from src.common.exceptions import BreakerOpen, ConfigurationError, RedisFull, ScriptRefused, Transient
 from src.common.health import Beats, Memory, is_full
 from src.common.keys import Keys
-from src.common.overview import Survey
 from src.common.redis_client import Fields, RedisClient
 from src.common.registry import HEARTBEAT_SECONDS, News, Registration
 from src.common.shutdown import Shutdown
@@ -24,7 +23,6 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 NOT_ASKED = "Redis did not say yet whether it is paused by hand"
-SURVEY_SECONDS = 5.0
 ANSWER_SECONDS = 5.0  # without an answer for so long Redis counts as away, also before the call has timed out
 
 
@@ -66,8 +64,8 @@ def eviction_fault(memory: Memory) -> str:
 
 
 class Watch:
-    """`daemon`: who we are; `news`: what it says of itself with each heartbeat. `survey`: taken every few seconds too. Start it once
-    the endpoint is open; `stop` takes the daemon out of the registry."""
+    """`daemon`: who we are; `news`: what it says of itself with each heartbeat. Start it once the endpoint is open; `stop` takes the
+    daemon out of the registry."""
 
     def __init__(
         self,
@@ -79,7 +77,6 @@ class Watch:
         shutdown: Shutdown,
         clock: Clock,
         news: Callable[[], News] = News,
-        survey: Survey | None = None,
     ) -> None:
         self._redis = redis
         self._keys = keys
@@ -89,7 +86,6 @@ class Watch:
         self._beats = beats
         self._shutdown = shutdown
         self._clock = clock
-        self._survey = survey
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._answered = clock.monotonic()
@@ -100,7 +96,6 @@ class Watch:
         self._full = False
         self._next_beat = 0.0
         self._paused: Fields | None = None
-        self._next_survey = 0.0
         self._troubles = 0  # as the last heartbeat told: a new one is told at once
         self._refused = ""  # why Redis does not take our heartbeat
         self._evicts = ""  # what is wrong with its policy
@@ -193,9 +188,6 @@ class Watch:
         if now >= self._next_beat or len(news.why) != self._troubles:
             self._beat(news)
             self._next_beat, self._troubles = now + HEARTBEAT_SECONDS, len(news.why)
-        if self._survey and now >= self._next_survey:
-            self._survey.take()
-            self._next_survey = now + SURVEY_SECONDS
 
     def _beat(self, news: News) -> None:
         self._persists, self._server = self._redis.persists(), self._redis.version()

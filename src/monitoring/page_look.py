@@ -1,4 +1,7 @@
-"""What the status page knows: one thread looks at Redis, and what it saw last is kept. No request waits for Redis longer than a moment."""
+"""What the status page and the metrics of the stream know: one thread looks at Redis, and what it saw last is kept.
+
+No request waits for Redis longer than a moment.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,7 @@ class Snapshot:
 
 
 class Onlooker:
-    """`start` it, ask it for `seen()` and `letter(id)` from any thread, `stop` it."""
+    """`start` it, ask it for `last`, `seen()` and `letter(id)` from any thread, `stop` it."""
 
     def __init__(self, redis: RedisClient, keys: Keys, group: str, clock: Clock) -> None:
         self._redis = redis
@@ -108,6 +111,11 @@ class Onlooker:
         self._orders.put(None)
         if self._thread is not None:
             self._thread.join(timeout=3)
+
+    @property
+    def last(self) -> Snapshot:
+        """What was seen last, for those that look by themselves all the time."""
+        return self._snapshot
 
     def seen(self, *, patient: bool = True) -> Snapshot:
         """What was seen last: a moment ago, or, where Redis does not answer in WAIT_SECONDS, or not `patient`, before that."""
@@ -176,6 +184,8 @@ class Onlooker:
                 break
             except IngestionError as error:
                 faults[name] = str(error)
+                if name not in dict(self._snapshot.faults):
+                    log.warning("%s: not seen by the status page and the metrics: %s", name, error)
         now = self._clock.wall()
         away = any(name in faults for name in ("the stream", "the daemons"))
         self._snapshot = replace(

@@ -30,7 +30,6 @@ from src.common.clock import Clock, iso
 from src.common.exceptions import ConfigurationError, MailboxMissing, ReauthRequired, TokenEndpointUnavailable, Transient
 from src.common.health import Beats, Page, intake_reasons, liveness, readiness
 from src.common.keys import Keys
-from src.common.overview import Survey
 from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
 from src.common.registry import News, Registration
 from src.common.shutdown import Shutdown
@@ -123,7 +122,7 @@ class Producer:
         self.redis = redis
         redis.breaker = breakers.get("Redis", counts=is_away, open_cap=REDIS_OPEN_SECONDS)
         self.keys = keys = Keys(settings.stream.name)
-        self.survey = Survey(redis, keys, settings.stream.group)
+        self.onlooker = Onlooker(redis, keys, settings.stream.group, clock)
         self.fetches, self.publishes, self.round_trips = Histogram(WORK), Histogram(ROUND_TRIP), Histogram(ROUND_TRIP)
         redis.stopwatch = Stopwatch(clock.monotonic, self.round_trips.observe)
         self.watch: Watch | None = None  # under --once nobody asks
@@ -185,9 +184,8 @@ class Producer:
         scrape = endpoint.plain(
             "/metrics", metrics.CONTENT_TYPE, Metrics(CollectorRegistry(), metrics.PRODUCER, self.numbers).text
         )
-        onlooker = Onlooker(self.redis, self.keys, self.settings.stream.group, self.clock)
-        onlooker.start(shutdown)
-        looks = page.routes(onlooker, pages["/status"], self.news, self.clock, bodies=run.status_page_bodies)
+        self.onlooker.start(shutdown)
+        looks = page.routes(self.onlooker, pages["/status"], self.news, self.clock, bodies=run.status_page_bodies)
         stop_endpoint = endpoint.serve(listener, pages, hosts, shutdown, [scrape, self._targets(me), *looks])
         metrics_port = METRICS_PORT if run.metrics_port is None else run.metrics_port
         stop_metrics = endpoint.serve_metrics(run.http_host, metrics_port, scrape, hosts, shutdown)
@@ -204,7 +202,7 @@ class Producer:
         shutdown.add_step(55, "registration", watch.stop)
         shutdown.add_step(60, "endpoint", stop_endpoint)
         shutdown.add_step(60, "metrics", stop_metrics)
-        shutdown.add_step(65, "page", onlooker.stop)
+        shutdown.add_step(65, "page", self.onlooker.stop)
         shutdown.add_step(70, "spans", tracing.end)
         while not shutdown.wait(run.stats_interval):
             self._report()
@@ -259,7 +257,7 @@ class Producer:
     def _watch(self, me: Registration) -> Watch:
         redis = self.settings.redis
         limits = Limits(redis.memory_high, redis.memory_low, redis.allow_eviction)
-        return Watch(self.redis, self.keys, me, limits, self.beats, self.shutdown, self.clock, self.news, self.survey)
+        return Watch(self.redis, self.keys, me, limits, self.beats, self.shutdown, self.clock, self.news)
 
     # what its endpoint says
 
@@ -285,9 +283,10 @@ class Producer:
 
     def numbers(self) -> metrics.Numbers:
         """For /metrics."""
+        seen = self.onlooker.last
         return {
             **numbers.of_mailboxes(self.mailboxes, self.clock, full=bool(self.watch and self.watch.full)),
-            **numbers.of_stream(self.survey, self.settings.stream),
+            **numbers.of_stream(seen.overview, seen.daemons, self.settings.stream),
             "email_producer_fetch_seconds": self.fetches,
             "email_producer_publish_seconds": self.publishes,
             **metrics.of_both(VERSION, "producer", self.watch, self.round_trips, self.breakers.snapshot()),
@@ -295,7 +294,7 @@ class Producer:
 
     def _targets(self, me: Registration) -> Route:
         return endpoint.plain(
-            "/targets", "application/json", lambda: json.dumps(metrics.targets(me, self.survey.daemons)).encode()
+            "/targets", "application/json", lambda: json.dumps(metrics.targets(me, self.onlooker.last.daemons)).encode()
         )
 
     def news(self) -> News:

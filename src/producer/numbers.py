@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
 from config.settings import StreamSettings
 from src.auth.oauth2_gmail import days_since
 from src.common.clock import Clock
-from src.common.overview import Survey
+from src.common.overview import Overview
+from src.common.registry import Seen
 from src.monitoring.metrics import Numbers, Rows, daemon_counts
 from src.producer.mailbox import REASONS, STATES, Mailbox
 
@@ -74,12 +75,11 @@ def _of_accounts(mailboxes: Sequence[Mailbox], now: datetime) -> Numbers:
     }
 
 
-def of_stream(survey: Survey, stream: StreamSettings) -> Numbers:
+def of_stream(seen: Overview | None, daemons: Collection[Seen], stream: StreamSettings) -> Numbers:
     """What was last seen of the stream and of the daemons on it."""
-    seen = survey.overview
     return {
         **{f"email_stream_{name}": getattr(seen, field) if seen else None for name, field in _SEEN.items()},
         "email_stream_max_mails": stream.maxlen,
         "email_stream_dead_letters_max": stream.dlq_max,
-        "email_daemons": daemon_counts(survey.daemons) if seen else None,
+        "email_daemons": daemon_counts(daemons) if seen else None,
     }

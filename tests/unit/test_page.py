@@ -30,6 +30,7 @@ from src.monitoring.page_flow import GAP_SECONDS, Flow
 from src.monitoring.page_html import HEADERS, fragment, letter_page, note_page, page
 from src.monitoring.page_look import Letter, Letters, Onlooker, Retry, Snapshot
 from src.monitoring.page_verdict import View, ago, judge, parted, replay_group
+from tests.support import acl
 from tests.support.servers import RedisServer
 from tests.support.wait import until
 
@@ -388,10 +389,10 @@ def test_another_daemons_page_is_linked_under_a_name_that_reaches_it(address: st
 
 
 @contextmanager
-def onlooker(redis: RedisClient) -> Iterator[tuple[Onlooker, list[float]]]:
+def onlooker(redis: RedisClient, keys: Keys = KEYS) -> Iterator[tuple[Onlooker, list[float]]]:
     """One at work, and its clock in seconds, for the test to move."""
     now = [0.0]
-    seen = Onlooker(redis, KEYS, GROUP, Clock(lambda: NOW + timedelta(seconds=now[0]), lambda: now[0]))
+    seen = Onlooker(redis, keys, GROUP, Clock(lambda: NOW + timedelta(seconds=now[0]), lambda: now[0]))
     seen.seen(patient=False)  # somebody reads the page
     seen.start(Shutdown())
     try:
@@ -436,6 +437,49 @@ def test_the_counters_of_redis_become_minutes(client: RedisClient) -> None:
     assert counts == {"entered": 5, "done": 5, "dead": 1, "retried": 2}
     assert last.overview is not None and (last.overview.live, last.overview.dead) == (3, 1)
     assert [one.news.counts for one in last.daemons] == [{"retried": 6}]
+
+
+def test_what_was_seen_last_stays_while_redis_is_away() -> None:
+    """The numbers and the daemons are kept, and since when; back, they are new. Who asks for `last` waits for nothing."""
+    with (
+        RedisServer("valkey", appendonly=True) as server,
+        RedisClient.connect(server.url, max_connections=4, socket_timeout=5) as redis,
+        onlooker(redis) as (seen, now),
+    ):
+        look(seen, now)
+        redis.call("XADD", KEYS.stream, "*", "a", "b")
+        registry.register(redis, KEYS, WORKER)
+        before = look(seen, now)
+        assert before.overview is not None and (before.overview.live, len(before.daemons)) == (1, 1)
+        server.kill9()
+        away = look(seen, now)
+        assert (away.overview, away.daemons, away.at) == (before.overview, before.daemons, before.at)
+        assert [name for name, _ in away.faults] == ["the stream"]
+        assert seen.last == away
+        server.start()
+        redis.call("DEL", KEYS.stream)
+        back = look(seen, now)
+        assert back.overview is not None and (back.overview.live, back.faults) == (0, ())
+
+
+def test_what_redis_refuses_to_tell_is_one_line_and_no_end(valkey: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    """A user of an older docs/security.md, without ZCARD: one warning, the rest is seen; allowed again, all is."""
+    admin, keys = valkey.client(), Keys("email_ingestion_stream")
+    acl.make_users(admin)
+    admin.execute_command("ACL", "SETUSER", "producer", "-zcard")
+    try:
+        with RedisClient.connect(acl.as_user(valkey.url, "producer"), max_connections=4, socket_timeout=10) as redis:
+            registry.register(redis, keys, WORKER)
+            with onlooker(redis, keys) as (seen, now):
+                look(seen, now)
+                refused = look(seen, now)
+                assert (refused.overview, len(refused.daemons)) == (None, 1)
+                assert [record.message.partition(":")[0] for record in caplog.records] == ["the stream"]
+                admin.execute_command("ACL", "SETUSER", "producer", "+zcard")
+                assert look(seen, now).overview is not None
+    finally:
+        if not acl.EVERYWHERE:
+            admin.execute_command("ACL", "DELUSER", "producer", "worker", "operator")
 
 
 def test_dead_letters_are_grouped_as_they_come_and_go(client: RedisClient) -> None:
