@@ -219,11 +219,13 @@ class Soak:
         self.starts[name] += 1
 
     def judge_end(self, name: str, daemon: Daemon) -> None:
-        """An end that nobody brought about is one only if a mail did it (SIGKILL) or the watchdog (it stood still past its lease)."""
+        """An end that nobody brought about is one only if a mail did it (SIGKILL), the watchdog (it stood still past its lease), or a
+        consent that was taken back just as the producer began."""
         code = daemon.exit_code()
         watchdog = code == 1 and "Timeout (" in daemon.output()
         killed = name.startswith("worker") and code == -signal.SIGKILL
-        if daemon.pid not in self.touched and not watchdog and not killed:
+        revoked = name.startswith("producer") and code == 3 and "refuses the token" in daemon.output()
+        if daemon.pid not in self.touched and not (watchdog or killed or revoked):
             self.ends.append(f"{name}: exit code {code}: {daemon.output()[-1500:]}")
 
     def one(self, kind: str) -> Daemon:
