@@ -34,7 +34,7 @@ from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
 from src.common.registry import News, Registration
 from src.common.shutdown import Shutdown
 from src.common.timing import ROUND_TRIP, WORK, Histogram, Stopwatch
-from src.common.watch import Limits, Watch, check_policy
+from src.common.watch import NOT_ASKED, Limits, Watch, check_policy
 from src.common.watchdog import Watchdog
 from src.imap.imap_client import ImapEndpoint, ImapMailbox
 from src.monitoring import endpoint, metrics, page
@@ -246,8 +246,9 @@ class Producer:
         return held
 
     def _paused(self, fields: Sequence[str]) -> str:
-        """Why somebody holds up what `fields` name; under --once Redis is asked."""
-        return self.watch.paused(*fields) if self.watch else pauses.why(self.redis.hash(self.keys.paused), fields)
+        """Why somebody holds up what `fields` name, as far as it was seen: each session begins with asking Redis itself."""
+        why = self.watch.paused(*fields) if self.watch else ""
+        return "" if why == NOT_ASKED else why
 
     def _registration(self, address: str) -> Registration:
         host, pid = socket.gethostname(), os.getpid()

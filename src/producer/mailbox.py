@@ -111,10 +111,10 @@ def reason_of(error: Exception) -> str:
 @dataclass
 class Mailbox:
     """`connect`: access token or password → a session, not yet entered. `new_id`: a fresh random id. `breaker`: of the IMAP server,
-    shared by the mailboxes on it. `gate`: why nothing may be taken in now, "" if it may. `pause`: why somebody holds this mailbox up,
-    "" if nobody does. `checkup`, `fetching`, `publishing`: see `Reader`. `status` and `why`: see `state`. `token`: what was known of
-    the token at the last login. `reconnects`: sessions that ended or could not be opened, by `REASONS`. `owns`: we hold its lease, as
-    far as we know: it is to be renewed. `broken`: sessions that broke off soon, one after the other."""
+    shared by the mailboxes on it. `gate`: why nothing may be taken in now, "" if it may. `pause`: why somebody holds this mailbox up
+    since its session began, "" if nobody does. `checkup`, `fetching`, `publishing`: see `Reader`. `status` and `why`: see `state`.
+    `token`: what was known of the token at the last login. `reconnects`: sessions that ended or could not be opened, by `REASONS`.
+    `owns`: we hold its lease, as far as we know: it is to be renewed. `broken`: sessions that broke off soon, one after the other."""
 
     settings: Settings
     account: str
@@ -235,7 +235,7 @@ class Mailbox:
     def run_once(self) -> None:
         """Read what is there now and return; what is transient is waited for. Raises what only a person can mend."""
         while not self.shutdown.requested:
-            if why := self.pause():
+            if why := self.pulse.ask_redis(self.states.paused):
                 log.warning("%s: not read: %s", self.title, why)
                 return None
             try:
@@ -255,7 +255,7 @@ class Mailbox:
 
     def _held_up(self) -> bool:
         """Somebody paused it: no session, no lease; after a moment the next look. What Redis knows of it stays as it is."""
-        why = self.pause()
+        why = self.pause() or self.pulse.ask_redis(self.states.paused)
         if why and self.status != "PAUSED":
             log.warning("%s: %s", self.title, why)
             self._let_go()

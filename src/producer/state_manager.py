@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
+from src.common import pauses
 from src.common.clock import iso
 from src.common.exceptions import ConfigurationError, DiskUnavailable
 from src.common.keys import Keys, MailboxKeys, escaped, open_field
@@ -125,6 +126,11 @@ class StateManager:
         if total == size:
             self._redis.call("EXPIRE", key, 2 * 86_400)
         return total
+
+    def paused(self) -> str:
+        """Why somebody holds this mailbox up by hand, "" if nobody does."""
+        fields = pauses.fields_of(self._own.account, self._own.mailbox)
+        return pauses.why(self._redis.hash(self._keys.paused), fields)
 
     def let_go(self) -> None:
         """Give the lease up, so that a standby need not wait for its end."""

@@ -242,7 +242,7 @@ def test_daemon_runs_in_a_clean_environment_and_hands_back_its_exit_code(tmp_pat
     script = tmp_path / "daemon.py"
     script.write_text(DAEMON)
     with Daemon(str(script), "--once", env={"REDIS_URL": "unset"}, tmp=tmp_path) as daemon:
-        environment = "'HOME', 'LANG', 'PATH', 'PYTHONUNBUFFERED', 'REDIS_URL'"
+        environment = "'HOME', 'LANG', 'METRICS_PORT', 'PATH', 'PYTHONUNBUFFERED', 'REDIS_URL'"
         daemon.wait_for(re.escape(f"up {tmp_path} [{environment}] ['--once']"))
         assert daemon.terminate() == 3
         assert daemon.output().endswith("down\n")
