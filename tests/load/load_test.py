@@ -34,7 +34,7 @@ from src.sandbox.demo import Fates, fates
 from src.sandbox.generator import generate
 from src.sandbox.server import Sandbox
 from tests.load import handler
-from tests.load.figures import peak_mb
+from tests.load.measure import peak_mb
 from tests.load.plot import Line, Panel, draw
 from tests.support.account import GROUP
 from tests.support.daemons import Daemon
