@@ -32,6 +32,8 @@ _GMAIL_VALUE = re.compile("[1-9][0-9]{0,19}")
 _HASH_VALUE = re.compile("[0-9a-f]{64}")
 _END_OF_HEADER = re.compile(rb"(?:\A|\n)\r?\n")
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 # Bytes of JSON that a field may keep when the whole record is too large; what they leave goes to body_text.
 _LIST_CAPS: Final = {
     "to": 16_384,
@@ -543,7 +545,7 @@ def _json_bytes(value: Any) -> int:
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _JSON.encode(value)
 
 
 # --- JSON to types -----------------------------------------------------------------------------------------------------
