@@ -165,7 +165,9 @@ def ref_of(raw: bytes) -> str:
 
 def raw_ref_in(record: str) -> str:
     """The reference in a record's JSON text, found without decoding it; "" where there is none."""
-    found = _REF_IN_RECORD.search(record)
+    found = _REF_IN_RECORD.search(
+        record, max(0, record.find('"raw_ref"'))
+    )  # it stands behind the text, which `find` passes faster
     return found[1] if found else ""
 
 

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
@@ -468,6 +468,7 @@ def split_email_id(email_id: str) -> tuple[Literal["gm", "h"], str, str] | None:
     return None
 
 
+@lru_cache(8192)  # each mail is asked for at its start and at its end
 def member_of(email_id: str) -> str:
     """The mail's member in its account's processed set: 63 bits, decimal, so that the set stays an intset.
 

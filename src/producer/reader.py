@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
@@ -19,7 +20,7 @@ from src.common.correlation import correlated, traceparent_of
 from src.common.exceptions import ArchiveUnavailable, ImapIncomplete
 from src.imap.imap_client import Folder, Meta
 from src.mail.parse import parse, stub
-from src.mail.record import Envelope, gmail_email_id, hashed_email_id, header_email_id, in_mailbox_scope, to_fields
+from src.mail.record import Envelope, Record, gmail_email_id, hashed_email_id, header_email_id, in_mailbox_scope, to_fields
 from src.producer import plan
 from src.producer.plan import Marker, State
 from src.producer.progress import Progress
@@ -444,13 +445,16 @@ class Reader:
         had = set(bodies) | {meta.uid for meta, _ in wanted if meta.uid not in whole}
         ready, withheld = plan.prefix([meta.uid for meta, _ in wanted], had)
         kept = [uid for uid in ready if uid in bodies]
-        raw_refs = dict(zip(kept, self._archived([bodies[uid] for uid in kept]), strict=True))
+        with ThreadPoolExecutor(1, "archive") as beside:
+            archived = beside.submit(self._archived, [bodies[uid] for uid in kept])  # the disk syncs while the mails are parsed
+            parsed = [
+                self._parsed(session, meta, identity, bodies.get(meta.uid), began) for meta, identity in wanted[: len(ready)]
+            ]
+            raw_refs = dict(zip(kept, archived.result(), strict=True))
         mails = []
-        for meta, identity in wanted[: len(ready)]:
-            self.pulse.turn()
-            raw = bodies.get(meta.uid)
-            head = session.head(meta.uid, STUB_BYTES) if raw is None else b""
-            mails.append(self._mail(session.folder, meta, identity, raw, head, raw_refs.get(meta.uid, ""), began))
+        for envelope, record in parsed:
+            whole_record = replace(record, raw_ref=raw_refs.get(envelope.uid, ""))
+            mails.append(Mail(envelope.uid, to_fields(envelope, whole_record), envelope.traceparent))
         return mails, withheld
 
     def _archived(self, raws: Sequence[bytes]) -> list[str]:
@@ -475,16 +479,18 @@ class Reader:
                     log.info("%s: the archive is there again", self.pulse.title)
                 return raw_refs
 
-    def _mail(
-        self, folder: Folder, meta: Meta, identity: Identity, raw: bytes | None, head: bytes, raw_ref: str, began: float
-    ) -> Mail:
-        """`began`: when its body was asked for, seconds since 1970."""
+    def _parsed(
+        self, session: Session, meta: Meta, identity: Identity, raw: bytes | None, began: float
+    ) -> tuple[Envelope, Record]:
+        """`raw`: None where the mail enters as a stub. `began`: when its body was asked for, seconds since 1970."""
+        self.pulse.turn()
+        head = session.head(meta.uid, STUB_BYTES) if raw is None else b""
         correlation_id = self.new_id()
         envelope = Envelope(
             account=self.account,
             mailbox=self.name,
             uid=meta.uid,
-            uidvalidity=folder.uidvalidity,
+            uidvalidity=session.folder.uidvalidity,
             internal_date=meta.internal_date,
             size=meta.size,
             email_id=identity.email_id,
@@ -492,7 +498,6 @@ class Reader:
             ingested_at=iso(self.clock.wall()),
             gm_thrid=meta.gm_thrid,
             gm_labels=meta.gm_labels,
-            raw_ref=raw_ref,
         )
         with (
             correlated(correlation_id),
@@ -507,7 +512,7 @@ class Reader:
                 reason = f"{meta.size} bytes, above MAX_MESSAGE_BYTES={self.settings.mail.max_message_bytes}"
                 record = stub(envelope, head or meta.header, reason)
             log.debug("%s: UID %d is %s", self.pulse.title, meta.uid, identity.email_id)
-        return Mail(meta.uid, to_fields(envelope, record), envelope.traceparent)
+        return envelope, record
 
     def _identity(self, folder: Folder, meta: Meta) -> Identity:
         return identity_of(self.account, self.name, folder, meta, self.settings.mail.dedup_scope)
