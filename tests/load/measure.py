@@ -130,6 +130,9 @@ def drain(server: RedisServer, handler: str, *, workers: int = 1, at_most: int |
         seconds, done = time.perf_counter() - began, first - client.xlen(KEYS.stream)
         cpu = sum(cpu_seconds(daemon.pid) for daemon in daemons) - cpu
         scripts = client.info("commandstats")["cmdstat_evalsha"]["usec"] / 1e6
+        if end:
+            for daemon in daemons:  # so that they hand back what they hold
+                daemon.terminate()
         return Drained(done / seconds, cpu / done, scripts / done, max(peak_mb(daemon.pid) for daemon in daemons))
 
 
