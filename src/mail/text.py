@@ -91,7 +91,7 @@ def one_line(text: str) -> str:
 def preview(text: str, characters: int) -> str:
     """The beginning of a text on one line, without the invisible characters that newsletters pad theirs with."""
     line = one_line(_without_padding(text[: characters * 3]))
-    if len(line) < characters + 2:  # the last ones may be half of a padding; behind much of it the text goes on
+    if len(line) <= characters:  # there may be more behind much padding; the last one may be half of one
         line = one_line(_without_padding(text[: characters * 20]))
     return line[:characters].rstrip()
 
