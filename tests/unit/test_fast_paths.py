@@ -57,7 +57,7 @@ def test_the_next_dashes_are_found_wherever_a_stretch_ends(stretch: int, data: b
         st.tuples(st.integers(0, 200), st.sampled_from([b"", b"=", b" ", b"\t", b"!", b"A", b"\n", b"\r"])), max_size=3
     ),
 )
-@example(data=b"a" * 30, width=4, line_end=b"\n", changes=[(4, b"!"), (9, b"!")])
+@example(data=b"a" * 30, width=4, line_end=b"\n", changes=[(9, b"!"), (14, b"!")])
 def test_base64_in_even_lines_is_judged_as_when_each_byte_is_counted(
     data: bytes, width: int, line_end: bytes, changes: list[tuple[int, bytes]]
 ) -> None:
