@@ -122,9 +122,15 @@ def getmail(dovecot: Dovecot, account: str, count: int, folder: Path) -> float:
     """Mails a second of a pull into a Maildir."""
     for part in ("cur", "new", "tmp"):
         (folder / "box" / part).mkdir(parents=True)
+    as_user = ""
+    if os.geteuid() == 0:  # getmail delivers as root to nobody
+        as_user = "user = mail\n"
+        folder.chmod(0o755)
+        for place in (folder / "box", *(folder / "box").iterdir()):
+            shutil.chown(place, "mail", "mail")
     (folder / "rc").write_text(
         f"[retriever]\ntype = SimpleIMAPRetriever\nserver = 127.0.0.1\nport = {dovecot.imap_port}\nusername = {account}\n"
-        f"password = {dovecot.PASSWORD}\nmailboxes = ('INBOX',)\n\n[destination]\ntype = Maildir\npath = {folder}/box/\n\n"
+        f"password = {dovecot.PASSWORD}\nmailboxes = ('INBOX',)\n\n[destination]\ntype = Maildir\npath = {folder}/box/\n{as_user}\n"
         "[options]\nread_all = true\ndelete = false\nverbose = 0\n"
     )
     began = time.perf_counter()
