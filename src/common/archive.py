@@ -165,9 +165,8 @@ def ref_of(raw: bytes) -> str:
 
 def raw_ref_in(record: str) -> str:
     """The reference in a record's JSON text, found without decoding it; "" where there is none."""
-    found = _REF_IN_RECORD.search(
-        record, max(0, record.find('"raw_ref"'))
-    )  # it stands behind the text, which `find` passes faster
+    behind_the_text = max(0, record.find('"raw_ref"'))  # a pattern would look at each letter before
+    found = _REF_IN_RECORD.search(record, behind_the_text)
     return found[1] if found else ""
 
 
@@ -252,9 +251,8 @@ class Folder:
                 os.fsync(handle)
             with self._lock(fcntl.LOCK_SH):
                 self._name(aside, target)
-        except BaseException:
+        finally:
             Path(aside).unlink(missing_ok=True)
-            raise
 
     def _name(self, aside: str, target: str) -> None:
         try:
