@@ -17,7 +17,7 @@ ROWS = {
     "intake": {"one producer", "over TLS", "through 50 ms of round trip"},
     "parse": {"record as JSON", "records that differ, of 200"},
     "handlers": {"20 ms, 64 threads", "20 ms, 1,000 async tasks"},
-    "arrival": {f"to acknowledged, {what}" for what in ("idle, p50", "idle, p99", "300 mails/s, p50", "300 mails/s, p99")},
+    "arrival": {f"to handler done, {what}" for what in ("idle, p50", "idle, p99", "300 mails/s, p50", "300 mails/s, p99")},
     "memory": {
         "producer, most",
         "producer, last third above the middle third",

@@ -7,6 +7,7 @@ import hashlib
 import os
 import signal
 import threading
+import time
 from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
@@ -19,8 +20,8 @@ FOR_GOOD = 0.1  # of the failures
 _NEVER = threading.Event()  # waiting for it is how a handler takes its time
 
 
-def load(email: Email, context: Context) -> dict[str, int]:
-    """Takes LOAD_MS, fails with the chance LOAD_FAIL, a tenth of that for good."""
+def load(email: Email, context: Context) -> dict[str, float]:
+    """Takes LOAD_MS, fails with the chance LOAD_FAIL, a tenth of that for good. Its result says when it came to its end."""
     milliseconds, chance = float(os.environ["LOAD_MS"]), float(os.environ["LOAD_FAIL"])
     if milliseconds:
         threading.Event().wait(milliseconds / 1000)
@@ -31,7 +32,7 @@ def load(email: Email, context: Context) -> dict[str, int]:
     if luck < chance:
         raise RuntimeError("fails as ordered")
     note("end", context)
-    return {"attempt": context.attempt}
+    return {"attempt": context.attempt, "at": time.time()}
 
 
 def soak(email: Email, context: Context) -> dict[str, int]:
