@@ -131,10 +131,11 @@ def drain(server: RedisServer, handler: str, *, workers: int = 1, at_most: int |
         seconds, done = time.perf_counter() - began, first - client.xlen(KEYS.stream)
         cpu = sum(cpu_seconds(daemon.pid) for daemon in daemons) - cpu
         scripts = client.info("commandstats")["cmdstat_evalsha"]["usec"] / 1e6
+        memory = max(peak_mb(daemon.pid) for daemon in daemons)
         if end:
             for daemon in daemons:  # so that they hand back what they hold
                 daemon.terminate()
-        return Drained(done / seconds, cpu / done, scripts / done, max(peak_mb(daemon.pid) for daemon in daemons))
+        return Drained(done / seconds, cpu / done, scripts / done, memory)
 
 
 # a mailbox, and a producer that reads it
