@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -179,7 +179,8 @@ def ref_of(raw: bytes) -> str:
 
 def raw_ref_in(record: str) -> str:
     """The reference in a record's JSON text, found without decoding it; "" where there is none."""
-    found = _REF_IN_RECORD.search(record)
+    behind_the_text = max(0, record.find('"raw_ref"'))  # a pattern would look at each letter before
+    found = _REF_IN_RECORD.search(record, behind_the_text)
     return found[1] if found else ""
 
 
@@ -249,20 +250,30 @@ class Folder:
         return True
 
     def write(self, path: str, data: bytes) -> None:
-        target = self.root / path
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (self.root, self.root / ASIDE, target.parent):
-            _make(folder)
-        handle, aside = tempfile.mkstemp(dir=self.root / ASIDE)
+        aside, target = f"{self.root}/{ASIDE}/{secrets.token_hex(8)}", f"{self.root}/{path}"
+        try:
+            handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileNotFoundError:
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            _make(self.root)
+            _make(self.root / ASIDE)
+            handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with open(handle, "wb") as file:  # noqa: PTH123  # a handle, not a path
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(handle)
             with self._lock(fcntl.LOCK_SH):
-                Path(aside).replace(target)
+                self._name(aside, target)
         finally:
             Path(aside).unlink(missing_ok=True)
+
+    def _name(self, aside: str, target: str) -> None:
+        try:
+            os.replace(aside, target)  # noqa: PTH105  # hundreds a second: a Path costs as much as the call
+        except FileNotFoundError:
+            _make(Path(target).parent)
+            Path(aside).replace(target)
 
     def settle(self, path: str) -> None:
         """fsync of the folder."""

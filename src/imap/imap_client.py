@@ -26,6 +26,7 @@ from typing import Any, Literal, Self
 import imapclient  # type: ignore[import-untyped]
 from imapclient.exceptions import LoginError  # type: ignore[import-untyped]
 from imapclient.imap_utf7 import decode as decode_utf7  # type: ignore[import-untyped]
+from imapclient.response_parser import parse_fetch_response  # type: ignore[import-untyped]
 
 from src.common.clock import iso
 from src.common.exceptions import (
@@ -187,6 +188,8 @@ class ImapMailbox:
         self._mailbox = mailbox
         self._secret = secret
         self._client: Any = None
+        self._asked: tuple[Sequence[int], bytes] | None = None  # (UIDs, tag) of a FETCH whose answer was not read yet
+        self._came: tuple[Sequence[int], dict[int, dict[bytes, Any]]] = ((), {})
 
     def __enter__(self) -> Self:
         with _translated(self._endpoint, self._cut):
@@ -196,7 +199,7 @@ class ImapMailbox:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._client is not None:
+        if self._client is not None and self._asked is None:  # else its answer would have to be read first
             with suppress(*FOREIGN):
                 self._client.socket().settimeout(LOGOUT_SECONDS)
                 self._client.logout()
@@ -231,9 +234,18 @@ class ImapMailbox:
                 metas[uid] = replace(meta, start=start)
         return metas
 
+    def ask_bodies(self, uids: Sequence[int]) -> None:
+        """Ask for at most UIDS_PER_FETCH messages that `bodies` will be called for next. The server works and the answer travels meanwhile;
+        the next call, whatever it is, reads it."""
+        with self._speaking() as client:
+            self._asked = (list(uids), client._imap._command("UID", "FETCH", ",".join(map(str, uids)), "(BODY.PEEK[])"))
+
     def bodies(self, uids: Sequence[int]) -> dict[int, bytes]:
         """Whole messages, byte for byte. An absent one may be gone, or an OK without data: `has` tells them apart."""
-        answers = self._fetch(uids, ["BODY.PEEK[]"])
+        with self._speaking():
+            (asked, answers), self._came = self._came, ((), {})
+        if asked != list(uids):
+            answers = self._fetch(uids, ["BODY.PEEK[]"])
         return {uid: body for uid, answer in answers.items() if isinstance(body := answer.get(b"BODY[]"), bytes)}
 
     def head(self, uid: int, limit: int) -> bytes:
@@ -312,11 +324,23 @@ class ImapMailbox:
         if self._client is None:
             raise ImapUnavailable("the IMAP session is closed")
         try:
+            self._read_asked(self._client)
             yield self._client
         except FOREIGN as error:
             text = _parting_words(self._client) or _describe(error)
             self._cut()
             raise _unavailable(text) from error
+
+    def _read_asked(self, client: Any) -> None:
+        """The second half of IMAPClient.fetch, for what `ask_bodies` asked for."""
+        if self._asked is None:
+            return
+        uids, tag = self._asked
+        answer, data = client._imap._command_complete("FETCH", tag)
+        client._checkok("fetch", answer, data)
+        answer, data = client._imap._untagged_response(answer, data, "FETCH")
+        found = parse_fetch_response(data, client.normalise_times, client.use_uid)
+        self._asked, self._came = None, (uids, {uid: found[uid] for uid in uids if uid in found})
 
     def _cut(self) -> None:
         if self._client is not None:

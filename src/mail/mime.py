@@ -44,8 +44,10 @@ _BLANK_LINES = re.compile(rb"[\r\n]{1,100}")
 _UU_BEGIN = re.compile(rb"^begin [0-7]{3,4} [^\r\n]*\r?\n", re.MULTILINE)
 _SHORTEST_UU_LINE = 32  # bytes, on average; they have 62
 _BLANKS_AT_LINE_END = re.compile(rb"(?<![ \t])[ \t]+(?=\r?\n)")
+_BLANK_LINE_ENDS = (b" \r\n", b" \n", b"\t\r\n", b"\t\n")
 _MEDIA_TYPE = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]{1,127}/[!#$%&'*+.^_`|~0-9a-z-]{1,127}")
 _LONGEST_BOUNDARY = 1000
+_STRETCH = 1 << 16  # bytes
 _ENCODING_NAME = re.compile("[;(].*|[\\s\"']", re.DOTALL)
 _NOT_BASE64 = bytes(byte for byte in range(256) if not re.match(rb"[A-Za-z0-9+/=]", bytes([byte])))
 
@@ -230,8 +232,13 @@ def _next_dashes(raw: bytes, line: int) -> int:
     """The next line that begins with "--", from the beginning of a line on; -1 if there is none."""
     if raw.startswith(b"--", line):
         return line
-    found = raw.find(b"\n--", line)
-    return found + 1 if found >= 0 else -1
+    dash = line
+    while (dash := raw.find(b"-", dash)) >= 0:  # by far the fastest search; base64, most of all mail, has none
+        found = raw.find(b"\n--", max(line, dash - 1), dash + _STRETCH)
+        if found >= 0:
+            return found + 1
+        dash += _STRETCH - 1
+    return -1
 
 
 def _after_line(raw: bytes, at: int) -> int:
@@ -343,7 +350,8 @@ def content(raw: bytes, part: Part, most: int | None = None) -> tuple[bytes, str
         return decoded, defect
     if encoding == "quoted-printable":
         data = raw[part.start : end]
-        return binascii.a2b_qp(data if most is None else _BLANKS_AT_LINE_END.sub(b"", data)), ""
+        added = most is not None and any(mark in data for mark in _BLANK_LINE_ENDS)
+        return binascii.a2b_qp(_BLANKS_AT_LINE_END.sub(b"", data) if added else data), ""
     if encoding in ("x-uuencode", "uuencode", "x-uue", "uue"):
         return _uuencode(raw[part.start : end], cut=end < part.end)
     return raw[part.start : end], "unknown transfer encoding, content left as it is"
@@ -351,17 +359,40 @@ def content(raw: bytes, part: Part, most: int | None = None) -> tuple[bytes, str
 
 def _base64(raw: bytes, start: int, end: int, *, cut: bool) -> tuple[bytes, str]:
     """Decodes what can be decoded. What stands behind the padding is left out, what is no base64 is passed over."""
-    blanks = sum(raw.count(blank, start, end) for blank in (b"\n", b"\r", b" ", b"\t"))
-    letters = end - start - blanks - raw.count(b"=", start, end)
     try:
         decoded = binascii.a2b_base64(memoryview(raw)[start:end])
     except binascii.Error:
         kept = raw[start:end].translate(None, _NOT_BASE64).partition(b"=")[0]
         decoded = binascii.a2b_base64(kept[: len(kept) - (len(kept) % 4 == 1)] + b"==")
     else:
-        if cut or len(decoded) == letters * 3 // 4:
+        size = len(decoded)
+        if cut or size == _letters_in_lines(raw, start, end) * 3 // 4 or size == _letters(raw, start, end) * 3 // 4:
             return decoded, ""
     return decoded or raw[start:end], "" if cut else "broken base64"
+
+
+def _letters(raw: bytes, start: int, end: int) -> int:
+    """How many bytes are neither blank nor padding."""
+    return end - start - sum(raw.count(mark, start, end) for mark in (b"\n", b"\r", b" ", b"\t", b"="))
+
+
+def _letters_in_lines(raw: bytes, start: int, end: int) -> int:
+    """The same where the lines are of one length, as encoders write them, without looking at every byte; else -1.
+
+    Only line ends are looked at, but for the last lines. Where something else than letters stands between them, fewer bytes are decoded
+    than this number promises.
+    """
+    after = _after_line(raw, start)
+    width = after - start
+    lines = (end - start) // width - 1 if width else 0  # the last ones may hold padding
+    if lines < 1:
+        return -1
+    rest = start + lines * width
+    line_end = b"\r\n" if raw[after - 2 : after] == b"\r\n" else b"\n"
+    for back, mark in enumerate(reversed(line_end), 1):
+        if raw[after - back : rest : width] != bytes([mark]) * lines:
+            return -1
+    return lines * (width - len(line_end)) + _letters(raw, rest, end)
 
 
 def _uuencode(data: bytes, *, cut: bool) -> tuple[bytes, str]:

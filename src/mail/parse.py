@@ -81,9 +81,12 @@ def stub(envelope: Envelope, head: bytes, reason: str) -> Record:
 
 
 def _addresses(headers: Headers, name: str, limits: Limits, defects: list[str]) -> tuple[Address, ...]:
-    if any(smuggles(value) for value in headers.get_all(name)):
+    values = headers.get_all(name)
+    if not values:
+        return ()
+    if any(smuggles(value) for value in values):
         defects.append(f"line ends or control characters in {name}")
-    found = addresses(", ".join(headers.get_all(name))[: limits.header_bytes], limits.addresses + 1)
+    found = addresses(", ".join(values)[: limits.header_bytes], limits.addresses + 1)
     if len(found) > limits.addresses:
         defects.append(f"more than {limits.addresses} addresses in {name}")
     return found[: limits.addresses]

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
@@ -31,6 +31,8 @@ _NOT_IN_ACCOUNT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _GMAIL_VALUE = re.compile("[1-9][0-9]{0,19}")
 _HASH_VALUE = re.compile("[0-9a-f]{64}")
 _END_OF_HEADER = re.compile(rb"(?:\A|\n)\r?\n")
+
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 # Bytes of JSON that a field may keep when the whole record is too large; what they leave goes to body_text.
 _LIST_CAPS: Final = {
@@ -466,6 +468,7 @@ def split_email_id(email_id: str) -> tuple[Literal["gm", "h"], str, str] | None:
     return None
 
 
+@lru_cache(8192)  # each mail is asked for at its start and at its end
 def member_of(email_id: str) -> str:
     """The mail's member in its account's processed set: 63 bits, decimal, so that the set stays an intset.
 
@@ -543,7 +546,7 @@ def _json_bytes(value: Any) -> int:
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _JSON.encode(value)
 
 
 # --- JSON to types -----------------------------------------------------------------------------------------------------

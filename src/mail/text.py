@@ -17,6 +17,7 @@ from typing import Final
 from lxml import etree  # type: ignore[import-untyped]  # it has no types of its own
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_ASCII_CONTROLS = bytes(byte for byte in range(128) if _CONTROLS.match(chr(byte)))
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _NOT_IN_CODEC_NAMES = re.compile("[-. :]")
 _ASCII_SUPERSETS: Final = frozenset({"", "utf-8", "us-ascii", "ascii", "iso-8859-1", "iso-8859-15", "windows-1252"})
@@ -66,13 +67,19 @@ _ENRICHED = re.compile(r"<(/?)([A-Za-z0-9-]{1,60})>|<<|\n+|[^<\n]+|<")
 
 def has_controls(text: str) -> bool:
     """Whether there are control characters other than newline, tab and carriage return in it."""
-    return _CONTROLS.search(text.replace("\r", "")) is not None
+    return not text.isprintable() and _CONTROLS.search(text.replace("\r", "")) is not None
 
 
 def clean_text(text: str) -> str:
     """LF for every line end, no control characters but newline and tab, U+FFFD for lone surrogates."""
+    if text.isprintable():  # then there is none of these in it
+        return text
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if text.isascii():
+        return text.encode("ascii").translate(None, _ASCII_CONTROLS).decode("ascii")
+    if text.replace("\n", "").isprintable():
+        return text
     return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", text))
 
 
@@ -83,7 +90,14 @@ def one_line(text: str) -> str:
 
 def preview(text: str, characters: int) -> str:
     """The beginning of a text on one line, without the invisible characters that newsletters pad theirs with."""
-    return one_line(_INVISIBLE_PADDING.sub(" ", text[: characters * 20]))[:characters].rstrip()
+    line = one_line(_without_padding(text[: characters * 3]))
+    if len(line) <= characters:  # there may be more behind much padding; the last one may be half of one
+        line = one_line(_without_padding(text[: characters * 20]))
+    return line[:characters].rstrip()
+
+
+def _without_padding(text: str) -> str:
+    return text if text.isascii() else _INVISIBLE_PADDING.sub(" ", text)
 
 
 def cut_utf8(text: str, size: int) -> str:
@@ -123,6 +137,8 @@ def decode_charset(data: bytes, charset: str, *, whole: bool = True) -> tuple[st
 
 def _decoded(data: bytes, codec: str, whole: bool, errors: str = "strict") -> str | None:
     try:
+        if whole and codec == "utf_8":  # by far the most frequent
+            return data.decode("utf-8", errors)
         return codecs.getincrementaldecoder(codec)(errors).decode(data, whole)
     except UnicodeError:
         return None
@@ -230,7 +246,7 @@ def unflow(text: str, *, delete_space: bool) -> str:
 def _tidy(text: str) -> str:
     """No blanks at either end of a line, at most one empty line in a row."""
     lines: list[str] = []
-    for line in _INVISIBLE_PADDING.sub(" ", text).split("\n"):
+    for line in _without_padding(text).split("\n"):
         tidy = " ".join(line.split())
         if tidy or (lines and lines[-1]):
             lines.append(tidy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
@@ -20,7 +21,7 @@ from src.common.exceptions import ArchiveUnavailable, ImapIncomplete
 from src.common.timing import NO_STOPWATCH, Stopwatch
 from src.imap.imap_client import Folder, Meta
 from src.mail.parse import parse, stub
-from src.mail.record import Envelope, gmail_email_id, hashed_email_id, header_email_id, in_mailbox_scope, to_fields
+from src.mail.record import Envelope, Record, gmail_email_id, hashed_email_id, header_email_id, in_mailbox_scope, to_fields
 from src.producer import plan
 from src.producer.plan import Marker, State
 from src.producer.progress import Progress
@@ -31,6 +32,7 @@ from src.producer.state_manager import Identity, Lease, Mail, MarkerFile, StateM
 log = logging.getLogger(__name__)
 
 STUB_BYTES = 65_536
+WINDOW = 400  # mails that are looked at together
 FETCH_BYTES = 8 << 20  # most bytes of bodies in one FETCH
 PUBLISH_BYTES = 1 << 20  # most bytes of records in one publish: a script over more holds the server too long
 TRIES = 3  # for a mail whose data the server does not give
@@ -52,6 +54,7 @@ class Session(Protocol):
     def uids_since(self, day: date, first: int = 1) -> list[int]: ...
     def has(self, uid: int) -> bool: ...
     def meta(self, uids: Sequence[int]) -> dict[int, Meta]: ...
+    def ask_bodies(self, uids: Sequence[int]) -> None: ...
     def bodies(self, uids: Sequence[int]) -> dict[int, bytes]: ...
     def head(self, uid: int, limit: int) -> bytes: ...
     def wait(self, seconds: float, stop: Callable[[], bool]) -> bool: ...
@@ -300,8 +303,7 @@ class Reader:
             )
 
     def _windows(self, uids: Sequence[int]) -> list[Sequence[int]]:
-        size = self.settings.mail.batch_size
-        return [uids[first : first + size] for first in range(0, len(uids), size)]
+        return [uids[first : first + WINDOW] for first in range(0, len(uids), WINDOW)]
 
     # a window of mails
 
@@ -317,7 +319,7 @@ class Reader:
     ) -> State:
         """Publish what is known nowhere among `uids` and counts by `judge`; the state moves with each batch, unless told not to.
 
-        `left_out`: UIDs that are not looked at, ascending; counted as the state moves past them.
+        `left_out`: UIDs that are not looked at, ascending; counted as the state moves past them. Ends early where the process is to stop.
         Raises ImapIncomplete behind the contiguous prefix.
         """
         self.pulse.turn()
@@ -340,10 +342,18 @@ class Reader:
             self.unaccounted = max(self.unaccounted, self._found)
         most = self.settings.mail.max_message_bytes
         sizes = {uid: min(metas[uid].size, most) for uid in wanted}
-        for group in split(wanted, sizes.__getitem__, most=len(wanted), most_bytes=FETCH_BYTES):
+        groups = split(wanted, sizes.__getitem__, most=self.settings.mail.batch_size, most_bytes=FETCH_BYTES)
+        for group, following in zip(groups, [*groups[1:], []], strict=False):
+            if self.pulse.shutdown.requested:
+                return state
             self._respect_budget(session, state, group)
             self._respect_gate()
-            mails, withheld = self._fetched(session, [(metas[uid], identities[uid]) for uid in group])
+            began, whole = self.clock.wall().timestamp(), self._whole(metas, group)
+            bodies = self._bodies(session, whole)
+            then = self._whole(metas, following)
+            if then and not self.gate() and not self._over_budget(state, following):
+                session.ask_bodies(then)  # it comes while this group is parsed and published
+            mails, withheld = self._mails(session, [(metas[uid], identities[uid]) for uid in group], whole, bodies, began)
             for batch in split(mails, lambda mail: mail.size, most=len(group), most_bytes=PUBLISH_BYTES):
                 moved = plan.advanced(state, batch[-1].uid, left_out, passed) if moves else state
                 state = self._publish(batch, state, moved, session)
@@ -386,7 +396,7 @@ class Reader:
     def _respect_budget(self, session: Session, state: State, group: Sequence[int]) -> None:
         """Old mail waits for tomorrow where today's bytes are spent; new mail does not."""
         said = False
-        while group[0] <= state.horizon and self._spent_today() >= self.settings.mail.daily_bytes:
+        while self._over_budget(state, group):
             if not said:
                 said = True
                 self.paused, self.only_old = "DAILY_BYTES are spent: old mail waits until midnight UTC, new mail goes on", True
@@ -396,6 +406,9 @@ class Reader:
             self._look_ahead(session, state)
         if said:
             self.paused = ""
+
+    def _over_budget(self, state: State, group: Sequence[int]) -> bool:
+        return group[0] <= state.horizon and self._spent_today() >= self.settings.mail.daily_bytes
 
     @property
     def bytes_today(self) -> int:
@@ -416,27 +429,42 @@ class Reader:
             self._tries[uid] = self._tries.get(uid, 0) + 1
         raise ImapIncomplete(uids)
 
-    def _fetched(self, session: Session, wanted: Sequence[tuple[Meta, Identity]]) -> tuple[list[Mail], list[int]]:
-        """(the contiguous prefix as mails, the UIDs whose data did not come)."""
+    def _whole(self, metas: Mapping[int, Meta], group: Sequence[int]) -> list[int]:
+        """UIDs of the mails that are read whole; the others enter as stubs."""
         most = self.settings.mail.max_message_bytes
-        whole = [meta.uid for meta, _ in wanted if meta.size <= most and meta.uid not in self._given_up]
+        return [uid for uid in group if metas[uid].size <= most and uid not in self._given_up]
+
+    def _bodies(self, session: Session, whole: Sequence[int]) -> dict[int, bytes]:
         self.pulse.turn()
-        began = self.clock.wall().timestamp()
         bodies = self.fetching.time(lambda: session.bodies(whole)) if whole else {}
         self.answered()
         size = sum(map(len, bodies.values()))
         self.fetched, self.fetched_bytes = self.fetched + len(bodies), self.fetched_bytes + size
         self._spent = (self.clock.wall().date(), self._spend(size))
+        return bodies
+
+    def _mails(
+        self,
+        session: Session,
+        wanted: Sequence[tuple[Meta, Identity]],
+        whole: Sequence[int],
+        bodies: Mapping[int, bytes],
+        began: float,
+    ) -> tuple[list[Mail], list[int]]:
+        """(the contiguous prefix as mails, the UIDs whose data did not come). `whole`: whose `bodies` were asked for."""
         had = set(bodies) | {meta.uid for meta, _ in wanted if meta.uid not in whole}
         ready, withheld = plan.prefix([meta.uid for meta, _ in wanted], had)
         kept = [uid for uid in ready if uid in bodies]
-        raw_refs = dict(zip(kept, self._archived([bodies[uid] for uid in kept]), strict=True))
+        with ThreadPoolExecutor(1, "archive") as beside:
+            archived = beside.submit(self._archived, [bodies[uid] for uid in kept])  # the disk syncs while the mails are parsed
+            parsed = [
+                self._parsed(session, meta, identity, bodies.get(meta.uid), began) for meta, identity in wanted[: len(ready)]
+            ]
+            raw_refs = dict(zip(kept, archived.result(), strict=True))
         mails = []
-        for meta, identity in wanted[: len(ready)]:
-            self.pulse.turn()
-            raw = bodies.get(meta.uid)
-            head = session.head(meta.uid, STUB_BYTES) if raw is None else b""
-            mails.append(self._mail(session.folder, meta, identity, raw, head, raw_refs.get(meta.uid, ""), began))
+        for envelope, record in parsed:
+            whole_record = replace(record, raw_ref=raw_refs.get(envelope.uid, ""))
+            mails.append(Mail(envelope.uid, to_fields(envelope, whole_record), envelope.traceparent))
         return mails, withheld
 
     def _archived(self, raws: Sequence[bytes]) -> list[str]:
@@ -461,16 +489,18 @@ class Reader:
                     log.info("%s: the archive is there again", self.pulse.title)
                 return raw_refs
 
-    def _mail(
-        self, folder: Folder, meta: Meta, identity: Identity, raw: bytes | None, head: bytes, raw_ref: str, began: float
-    ) -> Mail:
-        """`began`: when its body was asked for, seconds since 1970."""
+    def _parsed(
+        self, session: Session, meta: Meta, identity: Identity, raw: bytes | None, began: float
+    ) -> tuple[Envelope, Record]:
+        """`raw`: None where the mail enters as a stub. `began`: when its body was asked for, seconds since 1970."""
+        self.pulse.turn()
+        head = session.head(meta.uid, STUB_BYTES) if raw is None else b""
         correlation_id = self.new_id()
         envelope = Envelope(
             account=self.account,
             mailbox=self.name,
             uid=meta.uid,
-            uidvalidity=folder.uidvalidity,
+            uidvalidity=session.folder.uidvalidity,
             internal_date=meta.internal_date,
             size=meta.size,
             email_id=identity.email_id,
@@ -478,7 +508,6 @@ class Reader:
             ingested_at=iso(self.clock.wall()),
             gm_thrid=meta.gm_thrid,
             gm_labels=meta.gm_labels,
-            raw_ref=raw_ref,
         )
         with (
             correlated(correlation_id),
@@ -493,7 +522,7 @@ class Reader:
                 reason = f"{meta.size} bytes, above MAX_MESSAGE_BYTES={self.settings.mail.max_message_bytes}"
                 record = stub(envelope, head or meta.header, reason)
             log.debug("%s: UID %d is %s", self.pulse.title, meta.uid, identity.email_id)
-        return Mail(meta.uid, to_fields(envelope, record), envelope.traceparent)
+        return envelope, record
 
     def _identity(self, folder: Folder, meta: Meta) -> Identity:
         return identity_of(self.account, self.name, folder, meta, self.settings.mail.dedup_scope)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,6 +11,8 @@ from functools import cached_property
 from src.common.keys import Keys, open_field
 from src.common.redis_client import Fields, RedisClient
 from src.mail.record import SCHEMA, member_of, split_email_id
+
+_AS_WRITTEN = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ def numbered(processed: Iterable[str]) -> tuple[list[str], dict[str, int]]:
 
 def is_internal_date(text: str) -> bool:
     try:
+        if _AS_WRITTEN.fullmatch(text):  # strptime takes seven times as long
+            return datetime.fromisoformat(text[:-1]) is not None
         return text == "" or datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ") is not None
     except ValueError:
         return False

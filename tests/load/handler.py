@@ -1,11 +1,13 @@
-"""The handlers of the load test and of the soak. What happens to a mail is decided by mail and attempt, whoever runs it how often."""
+"""The handlers of the load test, the soak and the benchmark. What happens to a mail is decided by mail and attempt, whoever runs it."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import signal
 import threading
+import time
 from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
@@ -15,10 +17,11 @@ from src.mail.record import Email
 from src.worker.context import Context
 
 FOR_GOOD = 0.1  # of the failures
+_NEVER = threading.Event()  # waiting for it is how a handler takes its time
 
 
-def load(email: Email, context: Context) -> dict[str, int]:
-    """Takes LOAD_MS, fails with the chance LOAD_FAIL, a tenth of that for good."""
+def load(email: Email, context: Context) -> dict[str, float]:
+    """Takes LOAD_MS, fails with the chance LOAD_FAIL, a tenth of that for good. Its result says when it came to its end."""
     milliseconds, chance = float(os.environ["LOAD_MS"]), float(os.environ["LOAD_FAIL"])
     if milliseconds:
         threading.Event().wait(milliseconds / 1000)
@@ -29,7 +32,7 @@ def load(email: Email, context: Context) -> dict[str, int]:
     if luck < chance:
         raise RuntimeError("fails as ordered")
     note("end", context)
-    return {"attempt": context.attempt}
+    return {"attempt": context.attempt, "at": time.time()}
 
 
 def soak(email: Email, context: Context) -> dict[str, int]:
@@ -65,3 +68,17 @@ def read(journal: Path) -> dict[str, Counter[str]]:
         event, _, email_id = line.partition("\t")
         found[event][email_id] += 1
     return found
+
+
+def no_op(email: Email, context: Context) -> None:
+    """Returns at once."""
+
+
+async def wait_20_ms(email: Email, context: Context) -> None:
+    """As a handler that asks something on the net."""
+    await asyncio.sleep(0.02)
+
+
+def wait_20_ms_in_a_thread(email: Email, context: Context) -> None:
+    """The same for threads."""
+    _NEVER.wait(0.02)

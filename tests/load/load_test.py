@@ -34,7 +34,7 @@ from src.sandbox.demo import Fates, fates
 from src.sandbox.generator import generate
 from src.sandbox.server import Sandbox
 from tests.load import handler
-from tests.load.figures import peak_mb
+from tests.load.measure import peak_mb
 from tests.load.plot import Line, Panel, draw
 from tests.support.account import GROUP
 from tests.support.daemons import Daemon
@@ -66,13 +66,15 @@ class Options:
 @dataclass
 class Run:
     """What was seen. Moments are Unix time in seconds. `held`: mails in the hands of a worker when it was killed. `lags`: (moment,
-    stream length). `memory`: daemon → most MB. `attempts`: of done mails. `handled`: how often each handler came to its end."""
+    stream length). `handled_at`: when the handler of a done mail came to its end. `memory`: daemon → most MB. `attempts`: of done mails.
+    `handled`: how often each handler came to its end."""
 
     options: Options
     arrived: dict[str, float] = field(default_factory=dict)
     ended: dict[str, float] = field(default_factory=dict)
     dead: set[str] = field(default_factory=set)
     attempts: dict[str, int] = field(default_factory=dict)
+    handled_at: dict[str, float] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
     lags: list[tuple[float, int]] = field(default_factory=list)
     kills: list[tuple[float, str]] = field(default_factory=list)
@@ -214,7 +216,9 @@ def read_ends(pipeline: Pipeline, seen: Run) -> None:
     for entry_id, fields in [*letters, *results]:
         seen.ended[fields["email_id"]] = int(entry_id.partition("-")[0]) / 1000
     seen.dead = {fields["email_id"] for _, fields in letters}
-    seen.attempts = {fields["email_id"]: json.loads(fields["result"])["attempt"] for _, fields in results}
+    said = {fields["email_id"]: json.loads(fields["result"]) for _, fields in results}
+    seen.attempts = {email_id: result["attempt"] for email_id, result in said.items()}
+    seen.handled_at = {email_id: result["at"] for email_id, result in said.items()}
     seen.fates = fates(
         [*seen.arrived], [fields["email_id"] for _, fields in results], [fields["email_id"] for _, fields in letters]
     )

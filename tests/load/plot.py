@@ -1,4 +1,4 @@
-"""An SVG of a run, written by hand: panels one below the other over the same seconds. Pure."""
+"""SVG written by hand: panels of a run, one below the other over the same seconds; bars of a benchmark. Pure."""
 
 from __future__ import annotations
 
@@ -60,6 +60,41 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], marks: Sequence[tup
     out.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{height - 10}" text-anchor="middle">seconds since the first mail</text>'
     )
+    return "\n".join([*out, "</svg>", ""])
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`reached`: of what was wanted; 1 is all of it. `text` stands behind the bar."""
+
+    name: str
+    reached: float
+    text: str
+
+
+def bars(title: str, subtitle: str, shown: Sequence[Bar]) -> str:
+    """A line for each, with a mark at 1; on a logarithmic axis from a tenth to ten."""
+    left, row, top = 400, 24, 70
+    height, across = top + row * len(shown) + 40, (WIDTH - left - 190) / 2
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
+        f'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{INK}">',
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
+        f'<text x="24" y="26" font-size="17" font-weight="bold">{escape(title)}</text>',
+        f'<text x="24" y="46" fill="#555">{escape(subtitle)}</text>',
+    ]
+    for number, bar in enumerate(shown):
+        y, length = top + number * row, across * (1 + log10(min(10.0, max(0.1, bar.reached))))
+        colour = "#1e8449" if bar.reached >= 1 else MARK
+        out.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(bar.name)}</text>')
+        out.append(f'<rect x="{left}" y="{y + 2}" width="{length:.1f}" height="{row - 8}" fill="{colour}" fill-opacity="0.6"/>')
+        out.append(f'<text x="{left + length + 6:.1f}" y="{y + 13}" fill="#555">{escape(bar.text)}</text>')
+    bottom = top + row * len(shown)
+    for value, name in ((0.1, "0.1 ×"), (1.0, "wanted"), (10.0, "10 ×")):
+        x = left + across * (1 + log10(value))
+        dashed = f'stroke="{INK}"' if value == 1 else f'stroke="{PALE}"'
+        out.append(f'<line x1="{x:.1f}" y1="{top - 4}" x2="{x:.1f}" y2="{bottom}" {dashed}/>')
+        out.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{name}</text>')
     return "\n".join([*out, "</svg>", ""])
 
 

@@ -164,6 +164,9 @@ class FaultySession:
     def meta(self, uids: Sequence[int]) -> dict[int, Meta]:
         return self._ask("meta", lambda: self._real.meta(uids))
 
+    def ask_bodies(self, uids: Sequence[int]) -> None:
+        self._real.ask_bodies(uids)  # no round trip: `bodies` waits for the answer
+
     def bodies(self, uids: Sequence[int]) -> dict[int, bytes]:
         return self._ask("bodies", lambda: self._real.bodies(uids))
 

@@ -472,6 +472,35 @@ def test_bodies_come_byte_for_byte_and_absent_ones_are_absent() -> None:
         assert box.bodies([7, 8, 9, 10]) == {7: first, 8: second}
 
 
+def test_bodies_asked_for_ahead_are_fetched_once_whatever_is_called_meanwhile() -> None:
+    """The answer is read by the next call and kept for `bodies`; other UIDs than those asked for are fetched anew."""
+    replies: dict[str, Reply] = {
+        "UID FETCH 7,8 (BODY.PEEK[])": b"* 1 FETCH (UID 7 BODY[] {1}\r\na)\r\n* 2 FETCH (UID 6 BODY[] {1}\r\nb)\r\n" + OK,
+        "UID FETCH 9 (BODY.PEEK[])": b"* 3 FETCH (UID 9 BODY[] {1}\r\nc)\r\n" + OK,
+        "UID FETCH 5 (BODY.PEEK[]<0.5>)": b"* 4 FETCH (UID 5 BODY[]<0> {1}\r\nd)\r\n" + OK,
+    }
+    with serving(replies) as server:
+        with mailbox(server) as box:
+            box.ask_bodies([7, 8])
+            assert box.head(5, 5) == b"d"
+            assert box.bodies([7, 8]) == {7: b"a"}
+            box.ask_bodies([7, 8])
+            assert box.bodies([9]) == {9: b"c"}
+            box.ask_bodies([9])
+            assert box.bodies([9]) == {9: b"c"}
+            assert box.bodies([9]) == {9: b"c"}, "asked for once more, as nobody asked ahead"
+        fetched = [command.partition("UID FETCH ")[2].split()[0] for command in server.commands() if "UID FETCH" in command]
+        assert fetched == ["7,8", "5", "7,8", "9", "9", "9"]
+
+
+def test_a_session_is_left_without_waiting_for_what_was_asked_ahead() -> None:
+    """Else megabytes would be read that nobody wants: the connection is closed in place of a LOGOUT."""
+    with serving({"UID FETCH": b"* 1 FETCH (UID 7 BODY[] {9999999}\r\na"}) as server:
+        with mailbox(server) as box:
+            box.ask_bodies([7])
+        assert not any(command == "LOGOUT" for command in server.commands())
+
+
 def test_a_megabyte_of_body_is_read_whole() -> None:
     body = bytes(range(256)) * 4096
     with (
@@ -531,6 +560,7 @@ CALLS: dict[str, Callable[[ImapMailbox], object]] = {
     "has": lambda box: box.has(1),
     "meta": lambda box: box.meta([7]),
     "bodies": lambda box: box.bodies([7]),
+    "asked ahead": lambda box: (box.ask_bodies([7]), box.bodies([7])),
     "head": lambda box: box.head(7, 10),
     "refresh": lambda box: box.refresh(),
     "wait": lambda box: box.wait(5, never),
