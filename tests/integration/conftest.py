@@ -18,6 +18,13 @@ def either_redis(request: pytest.FixtureRequest) -> RedisServer:
     return server
 
 
+@pytest.fixture(params=[pytest.param("redis7", marks=pytest.mark.full), "valkey"])
+def valkey_first(request: pytest.FixtureRequest) -> RedisServer:
+    """The same for long tests of what both answer alike: Redis 7.0 only with --all."""
+    server: RedisServer = request.getfixturevalue(request.param)
+    return server
+
+
 @pytest.fixture
 def pipeline(sandbox: Sandbox, valkey: RedisServer, tmp_path: Path) -> Pipeline:
     """From a sandbox Gmail into Valkey."""

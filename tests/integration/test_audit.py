@@ -28,9 +28,9 @@ LOOKS = {"RELIST_INTERVAL": "0.05", "POLL_INTERVAL": "0.05"}  # seconds: each si
 
 
 @pytest.fixture
-def anywhere(sandbox: Sandbox, either_redis: RedisServer, tmp_path: Path) -> Pipeline:
+def anywhere(sandbox: Sandbox, valkey_first: RedisServer, tmp_path: Path) -> Pipeline:
     """From a sandbox Gmail into Redis 7.0, then into Valkey."""
-    return Pipeline(sandbox, either_redis, tmp_path)
+    return Pipeline(sandbox, valkey_first, tmp_path)
 
 
 def audit(pipeline: Pipeline, *args: str, code: int = 0, **env: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -196,6 +196,7 @@ def test_damage_is_seen_and_mended(anywhere: Pipeline, damage: str) -> None:
     assert row["done"] == 4 and row["dead"] == 1 and server["ok"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if "processed" not in name and "counters" not in name])
 def test_a_running_producer_mends_it_by_itself(pipeline: Pipeline, damage: str) -> None:
     """The hourly look finds the same damage and mends it; /status had nothing to say before."""
@@ -367,7 +368,7 @@ def test_after_flushall(pipeline: Pipeline) -> None:
     assert balance(pipeline) == {"in_the_mailbox": 5, "done": 4, "dead": 1}
 
 
-@pytest.fixture(params=["redis", "valkey"])
+@pytest.fixture(params=[pytest.param("redis", marks=pytest.mark.full), "valkey"])
 def durable(request: pytest.FixtureRequest, sandbox: Sandbox, tmp_path: Path) -> Iterator[Pipeline]:
     """Into a server of its own with an append-only file."""
     binary: Literal["redis", "valkey"] = request.param
@@ -429,6 +430,7 @@ def test_a_redis_that_came_back_older_and_read_as_far(durable: Pipeline) -> None
 # never a false alarm
 
 
+@pytest.mark.full
 def test_no_alarm_under_load(pipeline: Pipeline) -> None:
     """20 audits, some with --repair, beside the producer's own, while mail arrives, fails, dies, and a worker is killed: none finds
     anything, and every mail is done once."""

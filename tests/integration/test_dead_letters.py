@@ -30,9 +30,9 @@ DAY_MS = 86_400_000
 
 
 @pytest.fixture
-def pipeline(sandbox: Sandbox, either_redis: RedisServer, tmp_path: Path) -> Pipeline:
+def pipeline(sandbox: Sandbox, valkey_first: RedisServer, tmp_path: Path) -> Pipeline:
     """Into Redis 7.0, then into Valkey."""
-    return Pipeline(sandbox, either_redis, tmp_path)
+    return Pipeline(sandbox, valkey_first, tmp_path)
 
 
 def dlq(pipeline: Pipeline, *args: str, code: int = 0) -> str:

@@ -35,7 +35,7 @@ from tests.support.wait import until
 
 INDEX = ROOT / "docs" / "runbooks" / "README.md"
 PAGES = sorted(page for page in INDEX.parent.glob("*.md") if page != INDEX)
-LONG = ("backup-and-recovery", "dead-letters", "upgrading")  # about half a minute each
+LONG = ("backup-and-recovery", "dead-letters", "rotating-credentials", "scaling", "upgrading")  # up to half a minute each
 FENCE = re.compile(r"^(?P<indent> *)```bash(?: exit=(?P<code>\d+))?\n(?P<commands>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
 # What dies of the KeyError is mended by the time somebody replays it.
