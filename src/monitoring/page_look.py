@@ -99,6 +99,7 @@ class Onlooker:
         self._flow = Flow()
         self._snapshot = Snapshot(since=clock.wall())
         self._looked = self._asked = float("-inf")  # monotonic
+        self._whole = False  # the last look saw also what is looked at for a reader only
         self._graves: dict[str, Letter] = {}  # the newest letters, the oldest of them first
         self._buried = (0, 0)  # (letters that stand there, letters that ever did) when they were read
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -121,7 +122,7 @@ class Onlooker:
         """What was seen last: a moment ago, or, where Redis does not answer in WAIT_SECONDS, or not `patient`, before that."""
         now = self._clock.monotonic()
         self._asked = now
-        if patient and now - self._looked > FRESH_SECONDS:
+        if patient and not (self._whole and now - self._looked <= FRESH_SECONDS):
             with suppress(TimeoutError):
                 self._order(self._look)
         return self._snapshot
@@ -164,9 +165,9 @@ class Onlooker:
 
     def _look(self) -> None:
         """Each thing by itself: what cannot be asked keeps its last answer, and says why. Not one after the other while Redis is away."""
-        if self._clock.monotonic() - self._looked < FRESH_SECONDS:
-            return
         watched = self._clock.monotonic() - self._asked < ASKED_SECONDS
+        if self._clock.monotonic() - self._looked < FRESH_SECONDS and (self._whole or not watched):
+            return
         faults: dict[str, str] = {}
         parts: dict[str, Callable[[Snapshot], Snapshot]] = {
             "the stream": lambda old: replace(old, overview=overview.look(self._redis, self._keys, self._group)),
@@ -194,7 +195,7 @@ class Onlooker:
             flow=tuple(self._flow.last_hour(now.timestamp())),
             faults=tuple(faults.items()),
         )
-        self._looked = self._clock.monotonic()
+        self._looked, self._whole = self._clock.monotonic(), watched
 
     def _with_flow(self, snapshot: Snapshot) -> Snapshot:
         """`entered` and `done` and `dead` are Redis' own counters of entries; what is retried only the workers count."""

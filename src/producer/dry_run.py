@@ -49,14 +49,14 @@ def preview(
     clock: Clock,
 ) -> Preview:
     """Look at one mailbox. `states` is None where no Redis answers: then every mail counts as new."""
-    state = states.look() if states else None
+    state, marker = (states.look(), marker_file.read()) if states else (None, None)
     with session_manager as session:
         listed = session.uids_from(1)
         highest = listed[-1] if listed else 0
         last = session.meta([highest]) if highest else {}
         opened = plan.opening(
             state,
-            marker_file.read(),
+            marker,
             uidvalidity=session.folder.uidvalidity,
             exists=len(listed),
             highest=highest,
@@ -76,7 +76,14 @@ def preview(
             known += len(metas) - len(unknown)
             fresh += [metas[i] for i in unknown if plan.counts(opened.state, metas[i].uid, metas[i].internal_date, forgotten)]
         lines = tuple(_line(meta, session.head(meta.uid, HEAD_BYTES)) for meta in fresh[:SHOWN])
-    return Preview(opened.why or "new mail", len(fresh), sum(meta.size for meta in fresh), known, lines)
+    why = opened.why or "new mail"
+    return Preview(
+        why if states else f"no Redis answers, so every mail counts as new; {why}",
+        len(fresh),
+        sum(meta.size for meta in fresh),
+        known,
+        lines,
+    )
 
 
 def _line(meta: Meta, head: bytes) -> Line:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -239,7 +240,8 @@ class Mailbox:
                 log.warning("%s: not read: %s", self.title, why)
                 return None
             try:
-                return self._in_session(self._own(), forever=False)
+                state = self._own(patient=False)
+                return self._in_session(state, forever=False) if self.owns else None
             except NotOurs as error:
                 log.info("%s: %s", self.title, error)
             except ImapIncomplete as error:
@@ -273,9 +275,9 @@ class Mailbox:
             raise NotOurs("its session ends: it was paused by hand")
         return self.gate()
 
-    def _own(self) -> State | None:
-        """Wait until the mailbox is ours; how far it was read."""
-        said = False
+    def _own(self, *, patient: bool = True) -> State | None:
+        """Wait until the mailbox is ours, if not `patient` only for one who died with the lease; how far it was read."""
+        said, ends = False, math.inf
         while True:
             answer = self.pulse.ask_redis(lambda: self.states.acquire(self.settings.mail.lease))
             self.owns = not isinstance(answer, Held)
@@ -283,10 +285,15 @@ class Mailbox:
                 self.reader.owned(answer)
                 return answer.state
             self.status, self.reader.epoch = "STANDBY", 0
+            if self.clock.monotonic() > ends:
+                log.info("%s: another producer is alive and reads it: left to that one", self.title)
+                return None
             if not said:
-                said = True
+                said, ends = True, math.inf if patient else self.clock.monotonic() + answer.seconds
                 log.info(
-                    "%s: another producer reads it; standing by, at most %.0f s after its last sign", self.title, answer.seconds
+                    "%s: another producer reads it; standing by, to take over %.0f s after its last sign of life at most",
+                    self.title,
+                    answer.seconds,
                 )
             if answer.state is not None:
                 self.reader.remember(answer.state, force=False)  # what we take over one day must be known here by then

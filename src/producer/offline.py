@@ -39,8 +39,6 @@ def print_records(files: Sequence[Path], out: TextIO) -> int:
 def print_preview(settings: Settings, accesses: Sequence[Access], clock: Clock, out: TextIO) -> int:
     """What would be published: a table on a terminal, else JSON lines. Writes nothing anywhere. Raises NoUsableToken."""
     redis, keys = existing_redis(settings), Keys(settings.stream.name)
-    if redis is None:
-        out.write("# no Redis answers: every mail counts as new\n" if out.isatty() else "")
 
     def show(account: str, mail: MailSettings, secret: str) -> None:
         for name in mail.mailboxes:

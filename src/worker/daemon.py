@@ -137,7 +137,9 @@ class Worker:
         while not shutdown.wait(settings.run.stats_interval):
             self._report()
         began = self.clock.monotonic()
-        log.info("stopping: %s", shutdown.reason)
+        at_work, limit = self.consumer.in_flight(), settings.run.shutdown_timeout
+        more = f"; {at_work} in flight have up to {limit:g} s, a second signal ends at once" if at_work else ""
+        log.info("stopping: %s%s", shutdown.reason, more)
         shutdown.run_steps()
         self._report()
         log.info("stopped after %.1f s", self.clock.monotonic() - began)

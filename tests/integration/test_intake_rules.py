@@ -175,6 +175,35 @@ def test_a_standby_takes_over(pipeline: Pipeline) -> None:
     pipeline.assert_accounted(waiting=pipeline.delivered)
 
 
+def test_once_beside_a_living_producer_and_after_a_dead_one(pipeline: Pipeline) -> None:
+    """--once leaves the mailbox to whoever reads it and ends; after a kill -9 it waits for the end of the lease and reads."""
+    with pipeline.producer(PRODUCER_LEASE="1") as owner:
+        pipeline.wait_for_first_poll()
+        with pipeline.producer("--once", PRODUCER_LEASE="1") as once:
+            assert once.exit_code(DEADLINE) == 0
+            assert "another producer is alive and reads it: left to that one" in once.output()
+            assert "gone from Redis" not in once.output()
+        owner.kill9()
+        pipeline.deliver("for the second")
+    with pipeline.producer("--once", PRODUCER_LEASE="1") as once:
+        assert once.exit_code(DEADLINE) == 0
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+
+
+def test_once_that_is_stopped_while_it_stands_by_reads_nothing(pipeline: Pipeline) -> None:
+    """SIGTERM while another holds the lease: no word of a state that is gone, exit 0."""
+    pipeline.deliver("one")
+    with pipeline.producer("--once") as first:
+        assert first.exit_code(DEADLINE) == 0
+    with pipeline.producer(PRODUCER_LEASE="600", STATS_INTERVAL="0.1") as owner:
+        owner.wait_for("INBOX: CONNECTED", DEADLINE)
+        with pipeline.producer("--once", PRODUCER_LEASE="600") as once:
+            once.wait_for("standing by", DEADLINE)
+            assert once.terminate() == 0
+            assert "gone from Redis" not in once.output() and "published" not in once.output().partition("STANDBY")[0]
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+
+
 def test_a_first_read_counts_as_connected(pipeline: Pipeline) -> None:
     """The counts in the log do not say STARTING until a long first read is over."""
     pipeline.deliver(*(f"mail {number}" for number in range(300)))

@@ -482,6 +482,17 @@ def test_what_redis_refuses_to_tell_is_one_line_and_no_end(valkey: RedisServer, 
             admin.execute_command("ACL", "DELUSER", "producer", "worker", "operator")
 
 
+def test_the_first_reader_after_a_while_sees_the_dead_letters_of_now(client: RedisClient) -> None:
+    """While nobody reads the page they are not looked at; who opens it waits for a whole look, however fresh the rest is."""
+    with onlooker(client) as (seen, now):
+        look(seen, now)
+        now[0] += 1000
+        seen._order(seen._look)  # its own look, with nobody there
+        bury(client, 1, "A")
+        now[0] += 1
+        assert [group.count for group in seen.seen().letters.groups] == [1]
+
+
 def test_dead_letters_are_grouped_as_they_come_and_go(client: RedisClient) -> None:
     """The largest group first, its newest letter named; what was replayed is gone."""
     with onlooker(client) as (seen, now):
