@@ -5,9 +5,9 @@ cd "$(dirname "$0")/.." || exit 1
 usage="usage: ./scripts/test.sh [--all] [--help] [pytest arguments…]
 
 Sets up what is missing (.venv with the pinned packages; on Debian redis-server, dovecot-imapd, postgresql, prometheus, chromium, shellcheck and
-faketime, whose services are not started), runs scripts/check.sh, then all tests with at least 90 % of src covered.
+faketime, whose services are not started), runs scripts/check.sh, then the tests.
 
-  --all    also the long runs (tests marked full)
+  --all    also the long runs (tests marked full), and at least 90 % of src covered by the others
   --help   this text
   pytest arguments, e.g. tests/unit or -k dlq: only those tests, without checks and coverage
 
@@ -35,7 +35,9 @@ if [ $# -gt 0 ]; then
   .venv/bin/python -m pytest ${all[@]+"${all[@]}"} "$@" || failed+=(tests)
 else
   ./scripts/check.sh || failed+=(checks)
-  .venv/bin/python -m pytest -n 2 --dist worksteal --cov=src --cov-report=term --cov-fail-under=90 || failed+=(tests)
+  covered=()
+  [ ${#all[@]} -eq 0 ] || covered=(--cov=src --cov-report=term --cov-fail-under=90)
+  .venv/bin/python -m pytest -n 2 --dist worksteal ${covered[@]+"${covered[@]}"} || failed+=(tests)
   if [ ${#all[@]} -gt 0 ]; then
     .venv/bin/python -m pytest --all -m full -n 2 --dist worksteal || failed+=("long tests")
   fi

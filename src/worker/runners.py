@@ -91,7 +91,7 @@ class Runners:
             for number in range(self.consumer.work.concurrency):
                 self._start_thread(f"handler-{number}")
         if not self.in_processes and "async" in kinds:
-            self.shutdown.guard("handler-loop", self.loop.run)
+            self.loop.start()
         self.shutdown.guard("suspects", self.suspects.run)
 
     def put(self, started: Sequence[Started]) -> None:
@@ -326,13 +326,16 @@ class Loop:
     _tasks: dict[asyncio.Task[None], Started] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
         self._turned = 0.0
+
+    def start(self) -> None:
+        self._loop = asyncio.new_event_loop()  # not before: one that is never run complains when a process ends early
+        self.runners.shutdown.guard("handler-loop", self._run)
 
     def put(self, mail: Started) -> None:
         self._loop.call_soon_threadsafe(self._begin, mail)
 
-    def run(self) -> None:
+    def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._turn()
         self._loop.run_forever()

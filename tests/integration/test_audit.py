@@ -177,7 +177,15 @@ DAMAGES: dict[str, tuple[Damage, int, dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+OFTEN = (
+    "XDEL of a waiting mail",
+    "XGROUP DELCONSUMER",
+    "HDEL of a mail in flight",
+    "DEL of a processed set",
+)  # the others with --all
+
+
+@pytest.mark.parametrize("damage", [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.full]) for name in DAMAGES])
 def test_damage_is_seen_and_mended(anywhere: Pipeline, damage: str) -> None:
     """A look names it and changes nothing, exit code 1; --repair mends it, 0; then all is accounted for, and each mail is done once."""
     strike, unaccounted, found = DAMAGES[damage]

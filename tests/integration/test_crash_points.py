@@ -242,7 +242,12 @@ def trips_of(stage: Stage, story: Story) -> Counter[str]:
     return unbroken.counts
 
 
-@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.__name__)
+LONG = (renumbered, handed_back)  # as long as all others together: with --all
+
+
+@pytest.mark.parametrize(
+    "story", [pytest.param(story, id=story.__name__, marks=[pytest.mark.full] if story in LONG else []) for story in STORIES]
+)
 def test_every_round_trip_fails_once(stages: Stages, story: Story) -> None:
     """A crash before or after any round trip, its request or its reply lost: every mail in one place, results once."""
     stage = stages(story)

@@ -322,6 +322,7 @@ def test_failover_to_a_replica_that_lacks_the_tail(sandbox: Sandbox, tmp_path: P
     assert all(times[email_id] >= 2 for email_id in (held, *tail)), "done again: the promise holds on one Redis history"
 
 
+@pytest.mark.full
 def test_split_brain(sandbox: Sandbox, tmp_path: Path) -> None:
     """An old primary behind a partition goes on taking writes from a producer and a worker; on the history that stays each mail is
     done once, and what was done again is the mail of the split."""

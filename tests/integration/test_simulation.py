@@ -83,6 +83,7 @@ def test_more_seeds(stage: Stage) -> None:
     tell_all(stage, range(FEW + 1, 301))
 
 
+@pytest.mark.full
 def test_a_seed_tells_the_same_story_again(stage: Stage) -> None:
     """Steps, faults and events of a seed are the same each time."""
     for seed in (1, 2, 3):
