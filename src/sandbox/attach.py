@@ -83,8 +83,8 @@ def _awaited(state_file: Path, process: subprocess.Popen[bytes], stderr: Path) -
         if process.poll() is not None:
             break
         pause.wait(0.05)
-    why = stderr.read_text(errors="replace").strip().rpartition("\n")[2] or f"nothing answers after {START_SECONDS:.0f} s"
-    raise ConfigurationError(f"the sandbox does not start: {why}")
+    why = stderr.read_text(errors="replace").strip().rpartition("\n")[2]
+    raise ConfigurationError(why or f"the sandbox does not answer within {START_SECONDS:.0f} s")
 
 
 def _pointed_at(state: dict[str, Any], *, hints: bool) -> dict[str, Any]:
