@@ -122,7 +122,7 @@ class Store:
         self._labels: dict[int, list[str]] = {}
         self._ledger: list[Delivered] = []
         began = numbered_from.timestamp() if numbered_from else None
-        self._next_msgid = int(began * 1000) << 20 if began else _FIRST_MSGID  # milliseconds, then 20 bits: Gmail's own too
+        self._next_msgid = int(began * 1000) * 10**6 if began else _FIRST_MSGID  # the last digits count the mails: demo_handler
         self._next_uidvalidity = int(began) if began else _FIRST_UIDVALIDITY
         self._watchers: set[Callable[[], None]] = set()
 
