@@ -86,7 +86,8 @@ def main() -> int:
         if given.sandbox:
             from src.sandbox.attach import attached
 
-            with attached(settings.run.data_dir) as overrides:
+            stays = not (given.once or given.dry_run or given.list_mailboxes or given.auth_setup)
+            with attached(settings.run.data_dir, hints=stays) as overrides:
                 flags |= overrides
                 return act(load_settings(flags), flags, shutdown, given)
         return act(settings, flags, shutdown, given)

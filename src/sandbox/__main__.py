@@ -11,6 +11,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from src.common.clock import SYSTEM
+from src.sandbox.attach import new_mail, running
 from src.sandbox.server import Sandbox
 from src.sandbox.tokens import write_private
 
@@ -27,7 +29,7 @@ A Gmail to try things on, until Ctrl-C. Nothing leaves this machine.
 
 Read it:      python producer.py --sandbox{elsewhere}
 Consent:      python producer.py --sandbox --auth-setup
-New mail:     curl -d '{{"account": "{account}", "generate": {{"count": 10, "seed": 7}}}}' {base}/deliver
+New mail:     {new_mail}
 What came:    curl {base}/ledger?summary=1
 Go wrong:     curl -d '{{"stall": 5}}' {base}/faults      (all of them: src/sandbox/faults.py)
 By hand:      IMAP_HOST=127.0.0.1 IMAP_PORT={imap_port} IMAP_SECURITY=none TOKEN_DIR={token_dir} \
@@ -36,14 +38,24 @@ GMAIL_USERNAME={joined} python producer.py
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0 after a signal, 1 where a port or a file cannot be had, 2 (argparse) for a wrong argument."""
+    """Exit code 0 after a signal, 1 where a port or a file cannot be had or a sandbox runs already, 2 (argparse) for a wrong argument."""
     options = _options(arguments)
     accounts: list[str] = options.account or [_DEFAULT_ACCOUNT]
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    if options.until_eof:
+        threading.Thread(target=_end_with_stdin, args=(stop,), daemon=True).start()
+    other = running(options.state_file)
+    if other:
+        print(
+            f"The sandbox cannot start: one runs already (pid {other['pid']}, {options.state_file}); end that one, or give this one "
+            "a --state-file and a --token-dir of its own",
+            file=sys.stderr,
+        )
+        return 1
     try:
-        with Sandbox(imap_port=options.imap_port, http_port=options.http_port) as sandbox:
+        with Sandbox(imap_port=options.imap_port, http_port=options.http_port, numbered_from=SYSTEM.wall()) as sandbox:
             token_files = [_token_file(options.token_dir, account, accounts) for account in accounts]
             for account, path in zip(accounts, token_files, strict=True):
                 sandbox.write_token_file(path, account)
@@ -78,7 +90,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help=f"where producer.py --sandbox finds this sandbox; default: {_DEFAULT_DIR}/sandbox.json",
     )
+    parser.add_argument(
+        "--until-eof", action="store_true", help="end as well when standard input ends: with whoever holds its other end"
+    )
     return parser.parse_args(arguments)
+
+
+def _end_with_stdin(stop: threading.Event) -> None:
+    while os.read(0, 4096):
+        pass
+    stop.set()
 
 
 def _port(value: str) -> int:
@@ -125,7 +146,7 @@ def _ready(sandbox: Sandbox, options: argparse.Namespace, accounts: Sequence[str
     usual = options.state_file == _DEFAULT_DIR / "sandbox.json"
     return _READY.format(
         accounts=", ".join(accounts),
-        account=accounts[0],
+        new_mail=new_mail(accounts[0], sandbox.http_port),
         joined=",".join(accounts),
         imap_port=sandbox.imap_port,
         token_uri=sandbox.token_uri,

@@ -34,7 +34,8 @@ class Sandbox:
 
     `imap_port`, `http_port`: 0 takes any free port; while serving they are the real ones. `gmail=False`: a plain IMAP
     server without X-GM-EXT-1 and All Mail. `token_lifetime`: seconds, of sessions too. `connection_limit`: most sessions of one
-    account at once. OSError on enter: a port is taken.
+    account at once. `numbered_from`: a moment (aware) at which UIDVALIDITY and message ids begin, so that a sandbox started later
+    shows nothing that a reader knows already; None: the same numbers each time. OSError on enter: a port is taken.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Sandbox:
         token_lifetime: float = 3600.0,
         connection_limit: int = 15,
         clock: Clock = SYSTEM,
+        numbered_from: datetime | None = None,
     ) -> None:
         self.host = host
         self.imap_port = imap_port
@@ -57,7 +59,7 @@ class Sandbox:
         self.tokens = Tokens(token_lifetime, clock)
         self._connection_limit = connection_limit
         self._clock = clock
-        self._store = Store(gmail=gmail, clock=clock)
+        self._store = Store(gmail=gmail, clock=clock, numbered_from=numbered_from)
         self._servers: tuple[ImapServer, ControlServer] | None = None
 
     @property

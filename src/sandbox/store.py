@@ -109,17 +109,21 @@ class Rebuilt(Exception):
 
 
 class Store:
-    """Accounts, folders, mails. Any thread may call. `UnknownFolder` where a folder must exist, `Rebuilt` for a stale view."""
+    """Accounts, folders, mails. Any thread may call. `UnknownFolder` where a folder must exist, `Rebuilt` for a stale view.
 
-    def __init__(self, *, gmail: bool, clock: Clock) -> None:
+    `numbered_from`: UIDVALIDITY and X-GM-MSGID begin at this moment (aware); None: at the same numbers each time.
+    """
+
+    def __init__(self, *, gmail: bool, clock: Clock, numbered_from: datetime | None = None) -> None:
         self.gmail = gmail
         self._clock = clock
         self._lock = threading.RLock()
         self._accounts: dict[str, dict[str, Folder]] = {}
         self._labels: dict[int, list[str]] = {}
         self._ledger: list[Delivered] = []
-        self._next_msgid = _FIRST_MSGID
-        self._next_uidvalidity = _FIRST_UIDVALIDITY
+        began = numbered_from.timestamp() if numbered_from else None
+        self._next_msgid = int(began * 1000) * 10**6 if began else _FIRST_MSGID  # the last digits count the mails: demo_handler
+        self._next_uidvalidity = int(began) if began else _FIRST_UIDVALIDITY
         self._watchers: set[Callable[[], None]] = set()
 
     def add_account(self, account: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,7 +18,7 @@ from src.common.redis_client import RedisClient
 from src.producer import repair
 from src.sandbox.server import Sandbox
 from tests.integration.test_commands import keys_of
-from tests.integration.test_reprocess import command, take_in, work
+from tests.integration.test_reprocess import command, reprocess, take_in, work
 from tests.support.pipeline import DEADLINE, Pipeline
 from tests.support.servers import RedisServer, have_redis, need
 from tests.support.wait import until
@@ -433,6 +435,35 @@ def test_a_redis_that_came_back_older_and_read_as_far(durable: Pipeline) -> None
         assert "older" not in producer.output(), "said once"
     settle(durable, places)
     assert balance(durable) == {"in_the_mailbox": 5, "done": 4, "dead": 1}
+
+
+def test_the_lines_of_an_attached_sandbox_work_when_pasted(pipeline: Pipeline) -> None:
+    """producer.py --sandbox prints how to deliver mail and what points audit, doctor and reprocess at its sandbox; begun anew,
+    that sandbox's mail is new mail."""
+    with pipeline.producer("--sandbox") as producer:
+        curl = shlex.split(producer.wait_for(r"sandbox: new mail: (curl .*)\n")[1])
+        exports = shlex.split(producer.wait_for(r"sandbox: for scripts/.*: (export .*)\n")[1])
+        environment = dict(pair.split("=", 1) for pair in exports[1:])
+        [program, option, body, url] = curl
+        assert (program, option) == ("curl", "-d")
+        with urllib.request.urlopen(url, body.encode(), timeout=20) as answer:
+            assert len(json.load(answer)["uids"]) == 10
+        until(lambda: pipeline.client.xlen(STREAM) == 35, DEADLINE, "25 mails of its own and 10 are in the stream")
+        [row], _ = audit(pipeline, **environment)
+        assert (row["in_the_mailbox"], row["in_the_stream"]) == (35, 35)
+        assert "logged in" in command(pipeline, "doctor", code=1, **environment)  # 1: the server of tests keeps nothing on disk
+        with pipeline.worker("--drain", WORKER_HANDLER="src.worker.processor:summarize") as worker:
+            assert worker.exit_code(DEADLINE) == 0
+        days = [f"{datetime.now(UTC) + timedelta(days=days):%Y-%m-%d}" for days in (-1, 1)]
+        again = reprocess(
+            pipeline, "--since", days[0], "--until", days[1], "--source", "imap", "--dry-run", RAW_ARCHIVE="off", **environment
+        )
+        assert again["would_bring_back"] == 35
+        assert producer.terminate() == 0
+    with pipeline.producer("--sandbox", "--once") as producer:
+        assert producer.exit_code(DEADLINE) == 0
+        assert "25 published, 0 known already" in producer.output()
+        assert "new mail" not in producer.output()  # nobody could deliver any
 
 
 # never a false alarm

@@ -29,6 +29,7 @@ from src.auth.oauth2_gmail import SCOPE, TOKEN_URI, StoredToken, TokenSource, ma
 from src.common.exceptions import ConfigurationError, ReauthRequired, TokenEndpointUnavailable
 from src.sandbox.server import Sandbox
 from src.sandbox.tokens import CLIENT_ID, CLIENT_SECRET, challenge_of
+from tests.support.wait import until
 
 ROOT = Path(__file__).parents[2]
 ANN, BOB = "ann@gmail.example", "bob@gmail.example"
@@ -262,6 +263,58 @@ def test_the_sandbox_of_the_flag_consents_too(tmp_path: Path) -> None:
         assert process.returncode == 0, printed
     token = read_token(tmp_path / "sandbox" / "tokens" / "gmail_token.json")
     assert (token.account, token.access_token[:5]) == (query["login_hint"], "ya29.")
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_the_sandbox_of_the_flag_ends_with_its_producer(tmp_path: Path, end: signal.Signals) -> None:
+    """However a consent is ended: no sandbox stays behind, and whoever reads the producer's output gets to its end."""
+    state_file = tmp_path / "sandbox" / "sandbox.json"
+    environment = {**os.environ, "DATA_DIR": str(tmp_path)}
+    command = [sys.executable, "producer.py", "--sandbox", "--auth-setup", "--no-browser"]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    ) as process:
+        shown(process)
+        state = json.loads(state_file.read_text())
+        held_open = {Path(f"/proc/{state['pid']}/fd/{number}").readlink() for number in (1, 2)}  # by the sandbox
+        process.send_signal(end)
+        try:
+            assert process.wait(timeout=20) == -end
+            until(lambda: not state_file.exists(), what="the sandbox takes its state file away")
+            until(lambda: not answers(state["http_port"]), what="the sandbox ends")
+        finally:
+            if answers(state["http_port"]):
+                os.kill(state["pid"], signal.SIGKILL)
+        process.communicate(timeout=20)
+    assert held_open == {Path("/dev/null"), tmp_path / "sandbox" / "sandbox.log"}
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_sandbox_that_cannot_be_kept_is_a_setting_to_mend(tmp_path: Path) -> None:
+    """DATA_DIR that cannot be written: one line, exit code 2."""
+    (tmp_path / "file").write_text("")
+    ended = subprocess.run(
+        [sys.executable, "producer.py", "--sandbox", "--once"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        cwd=ROOT,
+        env={**os.environ, "DATA_DIR": str(tmp_path / "file")},
+    )
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        f"producer.py: DATA_DIR={tmp_path}/file: cannot be written (Not a directory); choose another folder\n",
+    )
 
 
 # Every way it comes to nothing

@@ -723,6 +723,7 @@ def test_the_command_serves_until_sigterm(tmp_path: Path) -> None:
     """python -m src.sandbox: state and token files appear, mail is there, SIGTERM ends it with 0 and takes the state away."""
     state_file = tmp_path / "state.json"
     arguments = ["--token-dir", str(tmp_path), "--state-file", str(state_file), "--emails", "3", "--account", ME]
+    began = datetime.now(UTC)
     process = subprocess.Popen([sys.executable, "-m", "src.sandbox", *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         until(state_file.exists, what="the state file")
@@ -731,6 +732,9 @@ def test_the_command_serves_until_sigterm(tmp_path: Path) -> None:
         assert state["token_uri"] == f"http://127.0.0.1:{state['http_port']}/token"
         assert ask(f"http://127.0.0.1:{state['http_port']}/ledger?summary=1")[1]["mails"] == 3
         assert ask(f"http://127.0.0.1:{state['http_port']}/health")[1]["imap_port"] == state["imap_port"]
+        first = ask(f"http://127.0.0.1:{state['http_port']}/ledger")[1]["mails"][0]
+        assert int(first["uidvalidity"]) > int(began.timestamp())
+        assert int(first["gm_msgid"]) >= int(began.timestamp() * 1000) * 10**6
         assert json.loads((tmp_path / "gmail_token.json").read_text())["token_uri"] == state["token_uri"]
         os.kill(process.pid, signal.SIGTERM)
         printed, _ = process.communicate(timeout=20)
@@ -740,6 +744,44 @@ def test_the_command_serves_until_sigterm(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert "python producer.py --sandbox" in printed
     assert not state_file.exists()
+
+
+def test_mail_of_a_later_sandbox_is_never_taken_for_known() -> None:
+    """Begun a second later, every folder has another UIDVALIDITY and every mail another id; told no moment, always the same."""
+
+    def numbers(began: datetime | None) -> tuple[int, str]:
+        later = Sandbox(numbered_from=began)
+        later.deliver(ME, LETTER)
+        [mail] = later.ledger()
+        return mail.uidvalidity, mail.gm_msgid
+
+    began = datetime(2026, 1, 31, tzinfo=UTC)
+    first, second = numbers(began), numbers(began + timedelta(seconds=1))
+    assert first[0] < second[0] < 1 << 32
+    assert int(first[1]) < int(second[1]) < 1 << 63
+    assert first[1].endswith("000000"), "the last digits count the mails"
+    assert numbers(None) == numbers(None) == (600_000_001, "1850000000000000000")
+
+
+def test_a_second_sandbox_is_refused_where_one_runs(tmp_path: Path) -> None:
+    """One line and exit code 1; the state file and the token stay those of the first. What a dead one left is no hindrance."""
+    state_file = tmp_path / "state.json"
+    command = [sys.executable, "-m", "src.sandbox", "--state-file", str(state_file), "--token-dir", str(tmp_path)]
+    state_file.write_text(json.dumps({"imap_port": 1, "http_port": 1, "pid": 1}))
+    process = subprocess.Popen([*command, "--emails", "0"], stdout=subprocess.DEVNULL, cwd=ROOT)
+    try:
+        until(lambda: json.loads(state_file.read_text())["pid"] == process.pid, what="the state file")
+        before = state_file.read_text(), (tmp_path / "gmail_token.json").read_text()
+        refused = subprocess.run([*command, "--emails", "0"], capture_output=True, text=True, timeout=20, cwd=ROOT)
+        assert (state_file.read_text(), (tmp_path / "gmail_token.json").read_text()) == before
+    finally:
+        process.kill()
+        process.wait()
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(
+        f"The sandbox cannot start: one runs already (pid {process.pid}, {state_file}); end that one"
+    )
+    assert len(refused.stderr.splitlines()) == 1
 
 
 def test_several_accounts_get_a_token_file_each(tmp_path: Path) -> None:
