@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import signal
 import sys
 from collections import deque
@@ -11,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import _path  # noqa: F401  # before the project's own modules
-from _bulk import positive
+from _bulk import counted, positive
 from _fleet import Daemon, Fleet, addresses, page, survey, troubles
 from _processes import Folder, Launched, Process, Refused
 from config.accounts import load_accounts
@@ -70,17 +72,18 @@ def start(desk: Desk, given: argparse.Namespace) -> int:
 
 def scale(desk: Desk, given: argparse.Namespace) -> int:
     with desk.folder.alone():
+        known = [process for process in desk.folder.processes() if process.role == "worker"]
         workers = [process for process in _cleared(desk) if process.role == "worker"]
         surplus = workers[given.workers :]
         if surplus:
             return _end(desk, surplus, kill=False, timeout=None)
-        last = workers[-1] if workers else None
-        args = tuple(given.args) or (last.args if last else ())
-        first = last.number + 1 if last else 1
+        before = (workers or known)[-1:]  # one that was killed is replaced by its like
+        args = tuple(given.args) or (before[0].args if before else ())
+        first = workers[-1].number + 1 if workers else 1
         missing = given.workers - len(workers)
         started = [desk.folder.launch(f"worker-{number}", args) for number in range(first, first + missing)]
     if not started:
-        desk.say(f"{given.workers} workers, as before")
+        desk.say(f"{counted(given.workers, 'worker')}, as before")
         return 0
     return _until_ready(desk, started, given.timeout)
 
@@ -124,7 +127,8 @@ def _until_ready(desk: Desk, launched: Sequence[Launched], seconds: float) -> in
     if ready == len(launched):
         return 0
     if ready or waiting:
-        desk.say("what runs goes on and may get ready yet: ./scripts/status.sh tells, ./scripts/stop.sh ends it", error=True)
+        hope = " and may get ready yet" if waiting else ""
+        desk.say(f"what runs goes on{hope}: ./scripts/status.sh tells, ./scripts/stop.sh ends it", error=True)
     return 1
 
 
@@ -228,6 +232,8 @@ def status(desk: Desk, given: argparse.Namespace) -> int:
     if not fleet.live("producer") and not fleet.live("worker"):
         known = f"redis   {fleet.redis}{_stream(fleet)}\n" if fleet.redis else ""
         print(f"{known}nothing runs; to start: ./scripts/start.sh")
+        for words in filter(None, fleet.last_words.values()):
+            print(f"it could not run last time: {words}")
         return STATUS_CODES["down"]
     _table(("DAEMON", "STATE", "PID", "UP", "ENDPOINT", "WORK"), [_row(daemon) for daemon in fleet.present])
     boxes = [box for daemon in fleet.live("producer") for box in daemon.page.get("mailboxes", [])]
@@ -241,7 +247,7 @@ def status(desk: Desk, given: argparse.Namespace) -> int:
     for trouble in found:
         print(f"  {'!' if trouble.level == 2 else '-'} {trouble.text}" + (f"\n      {trouble.remedy}" if trouble.remedy else ""))
     if fleet.overview and fleet.overview.dead:
-        print(f"  - {fleet.overview.dead} dead letters: python scripts/dlq.py groups")
+        print(f"  - {counted(fleet.overview.dead, 'dead letter')}: python scripts/dlq.py groups")
     return STATUS_CODES["trouble" if found else "well"]
 
 
@@ -272,10 +278,10 @@ def _stream(fleet: Fleet) -> str:
     if numbers is None:
         return ""
     if not numbers.live:
-        return f"\nstream  nothing unfinished; {numbers.dead} dead letters"
+        return f"\nstream  nothing unfinished; {counted(numbers.dead, 'dead letter')}"
     return (
         f"\nstream  {numbers.live} unfinished: {numbers.unread} unread, {numbers.in_flight} in flight, {numbers.waiting} wait for their "
-        f"next attempt; the oldest for {_span(numbers.oldest)}; {numbers.dead} dead letters"
+        f"next attempt; the oldest for {_span(numbers.oldest)}; {counted(numbers.dead, 'dead letter')}"
     )
 
 
@@ -290,10 +296,11 @@ def health_check(desk: Desk, given: argparse.Namespace) -> int:
     fleet = survey(desk.settings, desk.folder, SYSTEM)
     found = troubles(fleet)
     level = max((trouble.level for trouble in found), default=0)
-    counted = f"{len(fleet.live('producer'))} producer, {len(fleet.live('worker'))} workers"
+    at_work = ", ".join(counted(len(fleet.live(role)), role) for role in ("producer", "worker"))
     numbers = fleet.overview
-    said = "; ".join(trouble.text for trouble in found) or counted
-    flow = f"{numbers.live} unfinished, the oldest for {_span(numbers.oldest)}, {numbers.dead} dead letters" if numbers else ""
+    said = "; ".join(trouble.text for trouble in found) or at_work
+    dead = counted(numbers.dead, "dead letter") if numbers else ""
+    flow = f"{numbers.live} unfinished, the oldest for {_span(numbers.oldest)}, {dead}" if numbers else ""
     print(f"{WORDS[level]}: {said}" + (f" ({flow})" if flow else ""))
     return level
 
@@ -305,9 +312,8 @@ def logs(desk: Desk, given: argparse.Namespace) -> int:
     known = sorted(desk.folder.logs.glob("*.log"), key=lambda path: (path.stem.partition("-")[0], len(path.stem), path.stem))
     files = [str(path) for path in known if _is_named(path.stem, given.names)]
     if not files:
-        raise ConfigurationError(
-            f"no such log in {desk.folder.logs}: {', '.join(path.stem for path in known) or 'nothing was started yet'}"
-        )
+        there = f"there are: {', '.join(path.stem for path in known)}" if known else "nothing was started yet"
+        raise ConfigurationError(f"no log of {', '.join(given.names) or 'anything'} in {desk.folder.logs}; {there}")
     os.execvp("tail", ["tail", "-n", str(given.lines), *(["-F"] if given.follow else []), *files])  # noqa: S606  # tail, and our own files
 
 
@@ -370,12 +376,12 @@ def _target(field: str) -> str:
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The scripts tell their arguments themselves: --help needs no Python yet."""
-    parser = argparse.ArgumentParser(prog="control.py", add_help=False)
+    parser = argparse.ArgumentParser(add_help=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(run: Callable[[Desk, argparse.Namespace], int]) -> argparse.ArgumentParser:
         name = run.__name__
-        found = commands.add_parser(name, prog=f"{name}.sh", add_help=False)
+        found = commands.add_parser(name, prog=f"./scripts/{name}.sh", add_help=False)
         found.set_defaults(run=run)
         return found
 
@@ -401,9 +407,15 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         changing.add_argument("--workers", action="store_true")
     commands.choices["pause"].add_argument("--reason", default="")
     own, bar, rest = _split(argv)
-    given = parser.parse_args(own)
+    given, unknown = parser.parse_known_args(own)
+    called = commands.choices[given.command]
+    if unknown and given.run in (start, scale) and unknown[0].startswith("-"):
+        known = [word for word in own[1:] if word not in unknown]
+        called.error(f"a worker's arguments go after --: {called.prog} {shlex.join([*known, '--', *unknown, *rest])}")
+    if unknown:
+        called.error(f"{shlex.join(unknown)} is no argument of it: {called.prog} --help tells them")
     if bar and given.run not in (start, scale):
-        parser.error("-- goes with start.sh and scale.sh only")
+        called.error("-- goes with start.sh and scale.sh only")
     given.args = rest
     return given
 
@@ -414,7 +426,9 @@ def _split(argv: Sequence[str]) -> tuple[list[str], bool, list[str]]:
 
 
 def _count(text: str) -> int:
-    return 0 if text == "0" else positive(text)
+    if not re.fullmatch(r"\d{1,4}", text):
+        raise argparse.ArgumentTypeError(f"{text} is no number of workers: 0, 1, 2, …")
+    return int(text)
 
 
 def main() -> int:

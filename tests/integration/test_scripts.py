@@ -218,10 +218,14 @@ def test_stop_waits_for_a_handler_and_kills_only_if_told_to(installed: Installed
     assert f"worker-1 was killed (pid {pid})" in installed.run("stop.sh", "worker", "--kill", "--timeout", "0.1")
     assert "! no worker runs" in installed.run("status.sh", code=1)
     pipeline.open_gate("gate")
-    installed.run("scale.sh", "1")
+    installed.run("scale.sh", "1", "--", "--concurrency", "3")
     pipeline.wait_until_settled()
     os.kill(installed.pids()["worker-1"], signal.SIGKILL)
     until(lambda: "worker-1: ended without stop.sh" in installed.run("status.sh", code=1), DEADLINE, "its end is seen")
+    installed.run("scale.sh", "1")
+    assert "--concurrency" in (installed.root / "data" / "run" / "worker-1.pid").read_text(), (
+        "a killed worker is replaced by its like"
+    )
     installed.run("stop.sh")
     pipeline.assert_accounted()
 

@@ -259,7 +259,9 @@ def test_a_command_without_redis_says_which_one_and_what_to_do(data: Path, local
     ):
         client.ping()
     (data / "redis.json").write_text('{"use": "local"}')
-    chosen = rf"the Redis on 127\.0\.0\.1:{local_port}, which the first run chose \({data}/redis\.json\), does not answer \(.*\): "
+    chosen = (
+        rf"the Redis on 127\.0\.0\.1:{local_port}, which the first run chose \({data}/redis\.json\), does not answer \(.*\): "
+    )
     with (
         pytest.raises(RedisUnavailable, match=chosen + "start it, or set REDIS_URL"),
         open_redis(settings(data), Shutdown()) as client,
