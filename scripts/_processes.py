@@ -15,7 +15,6 @@ from pathlib import Path
 import _path  # noqa: F401  # before the project's own modules
 from src.common.exceptions import ConfigurationError
 
-
 TAIL_BYTES = 10_000
 
 

@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import _path  # noqa: F401  # before the project's own modules
@@ -24,12 +24,14 @@ from src.common.embedded import existing_redis, open_redis
 from src.common.exceptions import ConfigurationError, IngestionError, Transient
 from src.common.keys import Keys
 from src.common.pauses import BY_HAND
+from src.common.redis_client import RedisClient
 from src.common.registry import Registration
 from src.common.shutdown import Shutdown
 
 READY_SECONDS = 60.0
 LOOK_SECONDS = 0.2
 SAY_SECONDS = 10.0
+SHOWN = 10  # most mailboxes named in a warning
 LAST_LINES = 5  # of the log of a daemon that did not get ready
 STATUS_CODES = {"down": 3, "trouble": 1, "well": 0}
 WORDS = {0: "OK", 1: "DEGRADED", 2: "DOWN"}
@@ -338,7 +340,7 @@ def pause(desk: Desk, given: argparse.Namespace) -> int:
         call("HSET", key, field, f"{since}|{given.reason or reason}")
         return "paused already" if field in held else "paused; within two seconds nothing new is begun, what is in flight goes on"
 
-    return _change(desk, given, act)
+    return _change(desk, given, act, warned=True)
 
 
 def resume(desk: Desk, given: argparse.Namespace) -> int:
@@ -348,20 +350,49 @@ def resume(desk: Desk, given: argparse.Namespace) -> int:
     return _change(desk, given, act)
 
 
-def _change(desk: Desk, given: argparse.Namespace, act: Callable[[Callable[..., object], str, dict[str, str], str], str]) -> int:
-    accounts = [account.username for account in load_accounts(desk.settings.mail) if account.username]
-    targets = [pauses.parsed(target, accounts) for target in given.targets] + ([pauses.WORKERS] if given.workers else [])
+def _change(
+    desk: Desk,
+    given: argparse.Namespace,
+    act: Callable[[Callable[..., object], str, dict[str, str], str], str],
+    *,
+    warned: bool = False,
+) -> int:
+    """`warned`: say so where nobody reads what is named."""
+    accounts = [account for account in load_accounts(desk.settings.mail) if account.username]
+    configured = [(account.username, mailbox) for account in accounts for mailbox in account.mail.mailboxes]
+    targets = [pauses.parsed(target, [account.username for account in accounts]) for target in given.targets] + (
+        [pauses.WORKERS] if given.workers else []
+    )
     keys = Keys(desk.settings.stream.name)
     with open_redis(desk.settings, Shutdown()) as redis:
         held = redis.hash(keys.paused)
         for field in targets:
             desk.say(f"{_target(field)}: {act(redis.call, keys.paused, held, field)}")
+        if warned and targets:
+            _warn_of_unread(desk, targets, {*configured, *_read_before(redis, keys)})
         left = redis.hash(keys.paused)
     for field, value in sorted(left.items()):
         print(f"{_target(field)}: {pauses.told(value)}")
     if not left:
         print("nothing is paused")
     return 0
+
+
+def _warn_of_unread(desk: Desk, targets: Sequence[str], mailboxes: Collection[tuple[str, str]]) -> None:
+    known = ", ".join(f"{account}/{mailbox}" for account, mailbox in sorted(mailboxes)[:SHOWN]) or "none yet"
+    more = f" and {len(mailboxes) - SHOWN} more" if len(mailboxes) > SHOWN else ""
+    for field in pauses.meant_by_none(targets, mailboxes):
+        desk.say(f"{_target(field)}: no producer reads this now; known: {known}{more}", error=True)
+
+
+def _read_before(redis: RedisClient, keys: Keys) -> set[tuple[str, str]]:
+    """(account, mailbox) that a producer keeps its place in."""
+    cursor, found = "0", set[tuple[str, str]]()
+    while True:
+        cursor, page = redis.call("SCAN", cursor, "MATCH", keys.patterns()[0], "COUNT", 1000)
+        found |= {keys.mailbox_of_last_uid(key) for key in page if keys.is_last_uid(key)}
+        if str(cursor) == "0":
+            return found
 
 
 def _target(field: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Mapping
 
 import _path  # noqa: F401  # before the project's own modules
 from _bulk import Progress, agreed, report
@@ -26,6 +27,15 @@ WHY_LEFT = {
     "HELD": "a worker has it in its hands: run the same line again when it is done",
     "LIVE": "it is unfinished: let it be handled and run the same line again, or add --force to erase it unhandled",
     "DANGLING": "its entry was deleted by hand: python scripts/audit.py --repair, then the same line again",
+}
+ONE = {
+    "mails": "mail",
+    "stream entries": "stream entry",
+    "dead letters": "dead letter",
+    "results": "result",
+    "raw mails": "raw mail",
+    "stored steps": "hash of stored steps",
+    "mentions in reprocess runs": "mention in reprocess runs",
 }
 STAYS = (
     "stays: in the mailbox, which is never changed (what was not read yet comes as ever); as a number among the processed ids, so that "
@@ -85,8 +95,8 @@ class Eraser:
     def found(self) -> dict[str, Traces]:
         wanted, sender = self.given.email_id, self.given.sender
         found = erase.find(self.redis, self.keys, erase.of_mail(wanted) if wanted else erase.of_sender(sender))
-        if wanted and split_email_id(wanted):
-            found.setdefault(wanted, Traces(wanted))  # steps or a place in the index may be all that is left
+        if wanted and split_email_id(wanted) and wanted not in found and erase.is_known(self.redis, self.keys, wanted):
+            found[wanted] = Traces(wanted)  # steps or a place in the index are all that is left
         return found
 
     def do(self) -> None:
@@ -162,7 +172,7 @@ def act(settings: Settings, redis: RedisClient, given: argparse.Namespace, shutd
         "results": sum(len(mail.results) for mail in found.values()),
         "raw mails": len(raw),
     }
-    listed = ", ".join(f"{count} {name}" for name, count in plan.items() if count)
+    listed = _listed(plan)
     if given.dry_run:
         report({"dry_run": True, **plan}, f"would erase {listed or 'nothing'}")
         return 0
@@ -186,11 +196,15 @@ def described(mail: Traces) -> str:
     return ", ".join(f"{name} {len(found)}" for name, found in parts if found) or "nothing but, perhaps, its steps"
 
 
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {ONE[name] if count == 1 else name}" for name, count in counts.items() if count)
+
+
 def summary(eraser: Eraser) -> int:
     went = {name: count for name, count in eraser.went.items() if count}
     report(
         {"erased": went, "left": eraser.left, "troubles": eraser.troubles, "stays": eraser.stays},
-        "erased: " + (", ".join(f"{count} {name}" for name, count in went.items()) or "nothing"),
+        f"erased: {_listed(went) or 'nothing'}",
         *eraser.stays,
     )
     for name, why in eraser.left.items():

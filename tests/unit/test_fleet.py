@@ -92,7 +92,7 @@ def test_a_worker_that_ended_is_replaced_by_scale_to_as_many_as_were_started_her
     here = [daemon("producer"), daemon("worker", name="worker-1", ours=True), daemon("worker", name="w3"), ended]
     [trouble] = fleet.troubles(fleet.Fleet(here, "Valkey"))
     assert trouble.remedy == "./scripts/scale.sh 2  replaces it; ./scripts/logs.sh worker-2  may tell why"
-    assert [t.remedy for t in fleet.troubles(fleet.Fleet([daemon("producer"), ended], "Valkey"))][0] == "./scripts/scale.sh 1"
+    assert fleet.troubles(fleet.Fleet([daemon("producer"), ended], "Valkey"))[0].remedy == "./scripts/scale.sh 1"
     assert [t.remedy for t in fleet.troubles(fleet.Fleet([daemon("producer")], "Valkey"))] == ["./scripts/scale.sh 2"]
 
 
