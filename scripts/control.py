@@ -444,7 +444,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         known = [word for word in own[1:] if word not in unknown]
         called.error(f"a worker's arguments go after --: {called.prog} {shlex.join([*known, '--', *unknown, *rest])}")
     if unknown:
-        called.error(f"{shlex.join(unknown)} is no argument of it: {called.prog} --help tells them")
+        called.error(f"{shlex.join(unknown)} cannot stand there: {called.prog} --help tells what can")
     if bar and given.run not in (start, scale):
         called.error("-- goes with start.sh and scale.sh only")
     given.args = rest

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import _path  # noqa: F401  # before the project's own modules
-from _bulk import Progress, agreed, report
+from _bulk import Progress, agreed, counted, report
 from config.settings import Settings, SettingsError, load_settings
 from src.common import logging_config
 from src.common.archive import Archive, open_archive
@@ -148,13 +148,15 @@ class Eraser:
             removed, shared = erase.remove_raw(self.redis, self.keys, self.archive, self.began)
             self.went["raw mails"] += removed
             if shared:
-                self.stays.append(f"stays: {shared} raw mails in the archive that are also those of other, or of unfinished mail")
+                self.stays.append(
+                    f"stays: {counted(shared, 'raw mail')} in the archive, since other or unfinished mail has the same bytes"
+                )
         rest = sum(name.startswith("sha256:") for name in self.redis.call("SMEMBERS", self.keys.erasing))
         if rest:
             why = (
                 "RAW_ARCHIVE=off: name the place" if self.archive is None else f"{self.archive.store.place} does not give them up"
             )
-            self.troubles.append(f"{rest} raw mails are still in the archive ({why}), then run the same line again")
+            self.troubles.append(f"still in the archive: {counted(rest, 'raw mail')} ({why}), then run the same line again")
 
 
 def act(settings: Settings, redis: RedisClient, given: argparse.Namespace, shutdown: Shutdown) -> int:
@@ -177,7 +179,8 @@ def act(settings: Settings, redis: RedisClient, given: argparse.Namespace, shutd
         report({"dry_run": True, **plan}, f"would erase {listed or 'nothing'}")
         return 0
     if not found and not raw and not pending:
-        report({"erased": {}, "left": {}}, "nothing is known of such mail: nothing to do", *STAYS)
+        print("erase.py: nothing is known of such mail: nothing to do", file=sys.stderr)
+        report({"erased": {}, "left": {}}, *STAYS)
         return 0
     question = f"Erase {listed or 'what an earlier run left'} for good?"
     if not agreed(question, yes=given.yes):

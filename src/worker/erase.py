@@ -69,9 +69,12 @@ def find(redis: RedisClient, keys: Keys, takes: Takes) -> dict[str, Traces]:
 
 def is_known(redis: RedisClient, keys: Keys, email_id: str) -> bool:
     """Whether anything beside the streams still names the mail: the index, its attempts, its steps, a run of reprocess."""
-    marks: list[tuple[str, ...]] = [("HEXISTS", mark, email_id) for mark in (keys.index, keys.starts, keys.tries)]
-    marks += [("SISMEMBER", run, email_id) for run in runs(redis, keys)]
-    return any(redis.call_all([*marks, ("EXISTS", keys.steps(email_id))]))
+    marks = (keys.index, keys.starts, keys.tries)
+    return (
+        any(redis.call("HEXISTS", mark, email_id) for mark in marks)
+        or bool(redis.call("EXISTS", keys.steps(email_id)))
+        or any(redis.are_members(run, [email_id]) == [True] for run in runs(redis, keys))
+    )
 
 
 def _note(found: dict[str, Traces], keys: Keys, stream: str, entry_id: str, fields: Fields) -> None:

@@ -116,7 +116,7 @@ def test_why_a_producer_could_not_start_is_told_from_its_log(tmp_path: Path) -> 
             "./scripts/start.sh: error: a worker's arguments go after --: ./scripts/start.sh --workers 2 -- --handler x:y\n",
         ),
         (["scale", "-1"], "./scripts/scale.sh: error: argument workers: -1 is no number of workers: 0, 1, 2, …\n"),
-        (["status", "x"], "./scripts/status.sh: error: x is no argument of it: ./scripts/status.sh --help tells them\n"),
+        (["status", "x"], "./scripts/status.sh: error: x cannot stand there: ./scripts/status.sh --help tells what can\n"),
         (["stop", "--", "x"], "./scripts/stop.sh: error: -- goes with start.sh and scale.sh only\n"),
     ],
 )
