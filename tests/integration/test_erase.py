@@ -189,7 +189,7 @@ def test_killed_half_way_the_next_one_does_the_rest(pipeline: Pipeline) -> None:
     assert erase(pipeline, "--email-id", eve["fine"], "--yes")["erased"] == {"raw mails": 1}
     assert not raw.exists()
     assert not pipeline.client.exists(KEYS.erasing)
-    assert erase(pipeline, "--email-id", eve["fine"], "--yes")["erased"] == {}
+    assert "nothing is known of such mail" in command(pipeline, "erase", "--email-id", eve["fine"]), "nothing is asked"
 
 
 def test_sigkill_in_the_midst_of_two_thousand(pipeline: Pipeline) -> None:
@@ -219,7 +219,7 @@ def test_raw_mail_that_the_results_have_forgotten(pipeline: Pipeline) -> None:
     )
     told = erase(pipeline, "--sender", SENDER, "--yes")
     assert told["erased"] == {"raw mails": 1}
-    assert "1 raw mails in the archive" in told["stays"][-1]
+    assert "1 raw mail in the archive" in told["stays"][-1]
     assert [path.name for path in raw_files(pipeline)] == [two[1]["raw_ref"].removeprefix("sha256:")]
 
 
