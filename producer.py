@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from config.accounts import Account, load_accounts
-from config.settings import Settings, SettingsError, load_settings
+from config.settings import Settings, SettingsError, load_settings, misspelt_in
 from src.common import logging_config
 from src.common.circuit_breaker import Breakers, rules_of
 from src.common.clock import SYSTEM
 from src.common.exceptions import ConfigurationError, Transient
 from src.common.shutdown import Shutdown
+
+log = logging.getLogger("producer")
 
 FLAGS = {
     "username": "GMAIL_USERNAME",
@@ -81,6 +84,8 @@ def main() -> int:
             return print_records(given.parse, sys.stdout)
         settings = load_settings(flags)
         logging_config.configure(settings.run.log_format, settings.run.log_level)
+        for name, meant in misspelt_in(Path(".env")).items():
+            log.warning("%s in .env is no setting and does nothing: did you mean %s?", name, meant)
         if not given.auth_setup:  # a consent is ended by Ctrl-C at once
             shutdown.on_signals()
         if given.sandbox:

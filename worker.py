@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
 
 from config.routes import load_routes
-from config.settings import Settings, SettingsError, load_settings
+from config.settings import Settings, SettingsError, load_settings, misspelt_in
 from src.common import logging_config
 from src.common.clock import SYSTEM
 from src.common.exceptions import ConfigurationError, Transient
 from src.common.shutdown import Shutdown
+
+log = logging.getLogger("worker")
 
 FLAGS = {
     "stream": "STREAM_NAME",
@@ -51,6 +54,8 @@ def main() -> int:
     try:
         settings = load_settings(flags)
         logging_config.configure(settings.run.log_format, settings.run.log_level)
+        for name, meant in misspelt_in(Path(".env")).items():
+            log.warning("%s in .env is no setting and does nothing: did you mean %s?", name, meant)
         return run(settings, given, shutdown)
     except (SettingsError, ConfigurationError) as error:
         print(f"worker.py: {error}", file=sys.stderr)  # noqa: T201  # the one line a wrong setting gets

@@ -7,8 +7,10 @@ A setting comes from (strongest first) a command-line flag, the environment, the
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -398,6 +400,13 @@ class RunSettings(Section):
         description="Whether the status page shows the text of dead mail too, to whoever can reach it.",
     )
 
+    @field_validator("data_dir")
+    @classmethod
+    def _folder(cls, path: Path) -> Path:
+        if os.path.isfile(path):  # noqa: PTH113  # False, no error, where it may not be looked at
+            raise ValueError("is a file, not a folder")
+        return path
+
     @field_validator("http_allowed_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -462,6 +471,30 @@ def load_settings(flags: Mapping[str, Any] | None = None, env_file: Path | None 
             " ms, or every quiet read looks like a dead server"
         )
     return settings
+
+
+def env_names(text: str) -> list[str]:
+    """The variables that a .env file sets."""
+    return re.findall(r"^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)[ \t]*=", text, re.MULTILINE)
+
+
+def known_names() -> list[str]:
+    """All variables that are settings."""
+    return [str(field.alias) for section in SECTIONS.values() for field in section.model_fields.values()]
+
+
+def misspelt(names: Collection[str], known: Collection[str]) -> dict[str, str]:
+    """Of `names`, what is no setting but much like one → the one that is meant."""
+    near = {name: difflib.get_close_matches(name, known, 1, cutoff=0.85) for name in sorted(set(names) - set(known))}
+    return {name: found[0] for name, found in near.items() if found}
+
+
+def misspelt_in(env_file: Path) -> dict[str, str]:
+    """`misspelt` of a .env file; {} where there is none."""
+    try:
+        return misspelt(env_names(env_file.read_text()), known_names())
+    except FileNotFoundError:
+        return {}
 
 
 def first_fault(model: type[Section], error: ValidationError) -> tuple[str, str] | tuple[str]:

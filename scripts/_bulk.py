@@ -49,6 +49,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 dead letter`, `2 dead letters`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def agreed(question: str, *, yes: bool) -> bool:
     """Whether a person at the terminal (or `--yes`) says so. Raises ConfigurationError where there is nobody to ask."""
     if yes:

@@ -24,6 +24,7 @@ from src.common.redis_client import Fields, RedisClient
 from src.common.registry import Registration, Seen, registered
 
 ANSWER_SECONDS = 5.0
+TOLD_SECONDS = 900.0  # so long a killed daemon that nobody replaced is told, while others of its role are at work
 
 State = Literal["ok", "degraded", "not ready", "stuck", "elsewhere", "starting", "silent", "ended"]
 LIVE: tuple[State, ...] = ("ok", "degraded", "not ready", "stuck", "elsewhere", "starting")
@@ -34,7 +35,7 @@ class Daemon:
     """`name`: that of its pid file, else its registered one. `why`: what is wrong, one sentence each. `page`: its /status, {} if not had.
 
     `state`: elsewhere (on another machine, its heartbeat is seen), starting (not registered), silent (killed or cut off),
-    ended (it has a pid file and no process). `last_sign`: of a silent one, seconds since 1970.
+    ended (it has a pid file and no process). `last_sign`: of a silent one, seconds since 1970. `ours`: it has a pid file.
     """
 
     name: str
@@ -46,28 +47,42 @@ class Daemon:
     why: tuple[str, ...] = ()
     started: float = 0.0
     last_sign: float = 0.0
+    ours: bool = False
     page: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """`redis`: what Redis says of itself, "" if it does not answer. `paused`: the hash of `Keys.paused`."""
+    """`redis`: what Redis says of itself, "" if it does not answer. `paused`: the hash of `Keys.paused`. `now`: seconds since 1970.
+
+    `last_words`: role → why the last one that was started here could not run.
+    """
 
     daemons: Sequence[Daemon]
     redis: str = ""
     overview: Overview | None = None
     paused: Fields = field(default_factory=dict)
+    now: float = 0.0
+    last_words: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def present(self) -> list[Daemon]:
-        """Without those that were killed and replaced."""
+        """Without those that were killed and replaced, or long ago while others went on."""
         return [daemon for daemon in self.daemons if daemon.state != "silent" or not self._is_replaced(daemon)]
 
     def _is_replaced(self, daemon: Daemon) -> bool:
-        return any(other.started > daemon.last_sign for other in self.live(daemon.role))
+        others = self.live(daemon.role)
+        return any(other.started > daemon.last_sign for other in others) or (
+            bool(others) and self.now - daemon.last_sign > TOLD_SECONDS
+        )
 
     def live(self, role: str) -> list[Daemon]:
         return [daemon for daemon in self.daemons if daemon.role == role and daemon.state in LIVE]
+
+    @property
+    def wanted_workers(self) -> int:
+        """As many as scale.sh is to start here, that those that ended are replaced."""
+        return sum(daemon.role == "worker" and daemon.ours for daemon in self.daemons)
 
 
 @dataclass(frozen=True)
@@ -82,24 +97,26 @@ class Trouble:
 def survey(settings: Settings, folder: Folder, clock: Clock) -> Fleet:
     """Ask Redis and every daemon of this machine; those of others are judged by their heartbeat. Raises ConfigurationError."""
     processes = folder.processes()
+    last_words = {role: folder.last_words(role) for role in ("producer", "worker")}
     try:
         redis = existing_redis(settings)
         if redis is None:
-            return Fleet([_of_process(process, "Redis does not answer") for process in processes])
+            return Fleet([_of_process(process, "Redis does not answer") for process in processes], last_words=last_words)
         with redis:
             keys = Keys(settings.stream.name)
             seen = registered(redis, keys)
             overview, paused = look(redis, keys, settings.stream.group), redis.hash(keys.paused)
             title = _title(redis)
     except Transient as error:
-        return Fleet([_of_process(process, str(error)) for process in processes])
+        return Fleet([_of_process(process, str(error)) for process in processes], last_words=last_words)
     here = socket.gethostname()
     mine = {process.pid: process for process in processes}
     daemons = [
         _asked(entry, here, mine.pop(entry.daemon.pid, None) if entry.daemon.host == here else None, clock) for entry in seen
     ]
     daemons += [_of_process(process, "not registered in Redis yet") for process in mine.values()]
-    return Fleet(sorted(daemons, key=lambda daemon: (daemon.role, len(daemon.name), daemon.name)), title, overview, paused)
+    daemons.sort(key=lambda daemon: (daemon.role, len(daemon.name), daemon.name))
+    return Fleet(daemons, title, overview, paused, clock.wall().timestamp(), last_words)
 
 
 def addresses(redis: RedisClient, keys: Keys) -> dict[int, Registration]:
@@ -137,7 +154,8 @@ def _title(redis: RedisClient) -> str:
 def _of_process(process: Process, why: str) -> Daemon:
     """A daemon of which nothing is known but its pid file."""
     state: State = "starting" if process.alive else "ended"
-    return Daemon(process.name, process.role, state, socket.gethostname(), process.pid, why=(why,) if process.alive else ())
+    reasons = (why,) if state == "starting" else ()
+    return Daemon(process.name, process.role, state, socket.gethostname(), process.pid, why=reasons, ours=True)
 
 
 def _asked(entry: Seen, here: str, process: Process | None, clock: Clock) -> Daemon:
@@ -146,8 +164,9 @@ def _asked(entry: Seen, here: str, process: Process | None, clock: Clock) -> Dae
     began = datetime.fromisoformat(daemon.started).timestamp()
 
     def found(state: State, *why: str, status: Mapping[str, Any] | None = None) -> Daemon:
+        last_sign, ours = now - entry.silent, process is not None
         return Daemon(
-            name, daemon.role, state, daemon.host, daemon.pid, daemon.address, why, began, now - entry.silent, status or {}
+            name, daemon.role, state, daemon.host, daemon.pid, daemon.address, why, began, last_sign, ours, status or {}
         )
 
     if process and not process.alive:
@@ -170,15 +189,19 @@ def _asked(entry: Seen, here: str, process: Process | None, clock: Clock) -> Dae
 # what is wrong: pure
 
 
+START_PRODUCER = "./scripts/start.sh --workers 0"
+
+
 def troubles(fleet: Fleet) -> list[Trouble]:
     """What is wrong, the worst first; [] if all is well. Dead letters are no fault of a daemon."""
     found = []
     if not fleet.redis:
         found.append(Trouble(2, "Redis does not answer", "is it running, and is REDIS_URL right? The daemons wait for it"))
-    remedies = {"producer": "./scripts/start.sh --workers 0", "worker": "./scripts/scale.sh 2"}
+    remedies = {"producer": START_PRODUCER, "worker": f"./scripts/scale.sh {fleet.wanted_workers or 2}"}
     for role, remedy in remedies.items():
         if not fleet.live(role):
-            found.append(Trouble(2, f"no {role} runs", remedy))
+            why = fleet.last_words.get(role, "")
+            found.append(Trouble(2, f"no {role} runs" + (f" ({why})" if why else ""), remedy))
     told: dict[tuple[int, str, str], list[str]] = {}
     for daemon in fleet.present:
         for level, text, remedy in _faults(daemon, fleet):
@@ -194,9 +217,14 @@ def _faults(daemon: Daemon, fleet: Fleet) -> list[tuple[int, str, str]]:
             (2, why, "restart it: ./scripts/stop.sh --kill, then ./scripts/start.sh; or systemctl restart") for why in daemon.why
         ]
     if daemon.state == "ended":
-        return [(1, "ended without stop.sh", f"./scripts/logs.sh {daemon.name}, then start it again")]
+        again = START_PRODUCER if daemon.role == "producer" else f"./scripts/scale.sh {fleet.wanted_workers}"
+        return [(1, "ended without stop.sh", f"{again}  replaces it; ./scripts/logs.sh {daemon.name}  may tell why")]
     if daemon.state == "silent":
-        return [(1, f"no sign of life from {daemon.host}, pid {daemon.pid}: killed, or cut off", "")]
+        remedy = (
+            f"start it on {daemon.host} as it was started before (by hand, or systemctl); told until another {daemon.role} starts, or "
+            f"{TOLD_SECONDS / 60:g} min after its last sign if others run"
+        )
+        return [(1, f"no sign of life from {daemon.host}, pid {daemon.pid}: killed, or cut off", remedy)]
     if daemon.state == "starting" and not fleet.redis:
         return []  # that Redis is away is said already
     flows = any(other.state != "not ready" for other in fleet.live(daemon.role))

@@ -15,6 +15,8 @@ from pathlib import Path
 import _path  # noqa: F401  # before the project's own modules
 from src.common.exceptions import ConfigurationError
 
+TAIL_BYTES = 10_000
+
 
 class Refused(Exception):
     """Nothing is done, as things stand (exit code 1)."""
@@ -93,6 +95,16 @@ class Folder:
 
     def log_of(self, name: str) -> Path:
         return self.logs / f"{name}.log"
+
+    def last_words(self, role: str) -> str:
+        """The line with which the last of `role` that wrote a log said why it cannot run; "" where its log ends otherwise."""
+        logs = [path for path in self.logs.glob("*.log") if path.stem.partition("-")[0] == role]
+        if not logs:
+            return ""
+        with max(logs, key=lambda path: path.stat().st_mtime).open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+        return lines[-1] if lines and lines[-1].startswith(f"{script_of(role)}: ") else ""
 
     def launch(self, name: str, args: Sequence[str]) -> Launched:
         """Start `producer.py` or `worker.py` in a session of its own, what it writes appended to its log."""

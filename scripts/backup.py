@@ -30,7 +30,9 @@ def arguments() -> argparse.ArgumentParser:
         "mail are in a backup. Exit code: 0 written, 1 not, and no half file is left, 2 a wrong argument or setting. "
         "docs/runbooks/backup-and-recovery.md tells more.",
     )
-    parser.add_argument("--out", type=Path, default=Path("backups"), metavar="DIR", help="folder (default: backups)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("backups"), metavar="DIR", help="folder (default: backups, in the current one)"
+    )
     parser.add_argument(
         "--keep",
         type=positive,
@@ -50,7 +52,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def say_taken(taken: Taken) -> int:
     manifest = taken.manifest
-    command = f"python scripts/restore.py --file {shlex.quote(str(taken.path))}"
+    command = shlex.join(["python", str(Path(__file__).resolve().with_name("restore.py")), "--file", str(taken.path)])
     held = manifest.counts
     report(
         {
@@ -85,7 +87,7 @@ def main() -> int:
         shutdown.on_signals()
         with open_redis(settings, shutdown) as redis, Steps(SYSTEM) as tell:
             keys = Keys(settings.stream.name)
-            taken = Backup(redis, keys, given.out, given.format, given.keep, SYSTEM, shutdown, tell).run()
+            taken = Backup(redis, keys, given.out.resolve(), given.format, given.keep, SYSTEM, shutdown, tell).run()
         return say_taken(taken)
     except (SettingsError, IngestionError) as error:
         say(str(error))

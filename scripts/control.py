@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import _path  # noqa: F401  # before the project's own modules
-from _bulk import positive
+from _bulk import counted, positive
 from _fleet import Daemon, Fleet, addresses, page, survey, troubles
 from _processes import Folder, Launched, Process, Refused
 from config.accounts import load_accounts
@@ -22,12 +24,14 @@ from src.common.embedded import existing_redis, open_redis
 from src.common.exceptions import ConfigurationError, IngestionError, Transient
 from src.common.keys import Keys
 from src.common.pauses import BY_HAND
+from src.common.redis_client import RedisClient
 from src.common.registry import Registration
 from src.common.shutdown import Shutdown
 
 READY_SECONDS = 60.0
 LOOK_SECONDS = 0.2
 SAY_SECONDS = 10.0
+SHOWN = 10  # most mailboxes named in a warning
 LAST_LINES = 5  # of the log of a daemon that did not get ready
 STATUS_CODES = {"down": 3, "trouble": 1, "well": 0}
 WORDS = {0: "OK", 1: "DEGRADED", 2: "DOWN"}
@@ -70,17 +74,18 @@ def start(desk: Desk, given: argparse.Namespace) -> int:
 
 def scale(desk: Desk, given: argparse.Namespace) -> int:
     with desk.folder.alone():
+        known = [process for process in desk.folder.processes() if process.role == "worker"]
         workers = [process for process in _cleared(desk) if process.role == "worker"]
         surplus = workers[given.workers :]
         if surplus:
             return _end(desk, surplus, kill=False, timeout=None)
-        last = workers[-1] if workers else None
-        args = tuple(given.args) or (last.args if last else ())
-        first = last.number + 1 if last else 1
+        before = (workers or known)[-1:]  # one that was killed is replaced by its like
+        args = tuple(given.args) or (before[0].args if before else ())
+        first = workers[-1].number + 1 if workers else 1
         missing = given.workers - len(workers)
         started = [desk.folder.launch(f"worker-{number}", args) for number in range(first, first + missing)]
     if not started:
-        desk.say(f"{given.workers} workers, as before")
+        desk.say(f"{counted(given.workers, 'worker')}, as before")
         return 0
     return _until_ready(desk, started, given.timeout)
 
@@ -124,7 +129,8 @@ def _until_ready(desk: Desk, launched: Sequence[Launched], seconds: float) -> in
     if ready == len(launched):
         return 0
     if ready or waiting:
-        desk.say("what runs goes on and may get ready yet: ./scripts/status.sh tells, ./scripts/stop.sh ends it", error=True)
+        hope = " and may get ready yet" if waiting else ""
+        desk.say(f"what runs goes on{hope}: ./scripts/status.sh tells, ./scripts/stop.sh ends it", error=True)
     return 1
 
 
@@ -228,6 +234,8 @@ def status(desk: Desk, given: argparse.Namespace) -> int:
     if not fleet.live("producer") and not fleet.live("worker"):
         known = f"redis   {fleet.redis}{_stream(fleet)}\n" if fleet.redis else ""
         print(f"{known}nothing runs; to start: ./scripts/start.sh")
+        for words in filter(None, fleet.last_words.values()):
+            print(f"it could not run last time: {words}")
         return STATUS_CODES["down"]
     _table(("DAEMON", "STATE", "PID", "UP", "ENDPOINT", "WORK"), [_row(daemon) for daemon in fleet.present])
     boxes = [box for daemon in fleet.live("producer") for box in daemon.page.get("mailboxes", [])]
@@ -241,7 +249,7 @@ def status(desk: Desk, given: argparse.Namespace) -> int:
     for trouble in found:
         print(f"  {'!' if trouble.level == 2 else '-'} {trouble.text}" + (f"\n      {trouble.remedy}" if trouble.remedy else ""))
     if fleet.overview and fleet.overview.dead:
-        print(f"  - {fleet.overview.dead} dead letters: python scripts/dlq.py groups")
+        print(f"  - {counted(fleet.overview.dead, 'dead letter')}: python scripts/dlq.py groups")
     return STATUS_CODES["trouble" if found else "well"]
 
 
@@ -272,10 +280,10 @@ def _stream(fleet: Fleet) -> str:
     if numbers is None:
         return ""
     if not numbers.live:
-        return f"\nstream  nothing unfinished; {numbers.dead} dead letters"
+        return f"\nstream  nothing unfinished; {counted(numbers.dead, 'dead letter')}"
     return (
         f"\nstream  {numbers.live} unfinished: {numbers.unread} unread, {numbers.in_flight} in flight, {numbers.waiting} wait for their "
-        f"next attempt; the oldest for {_span(numbers.oldest)}; {numbers.dead} dead letters"
+        f"next attempt; the oldest for {_span(numbers.oldest)}; {counted(numbers.dead, 'dead letter')}"
     )
 
 
@@ -290,10 +298,11 @@ def health_check(desk: Desk, given: argparse.Namespace) -> int:
     fleet = survey(desk.settings, desk.folder, SYSTEM)
     found = troubles(fleet)
     level = max((trouble.level for trouble in found), default=0)
-    counted = f"{len(fleet.live('producer'))} producer, {len(fleet.live('worker'))} workers"
+    at_work = ", ".join(counted(len(fleet.live(role)), role) for role in ("producer", "worker"))
     numbers = fleet.overview
-    said = "; ".join(trouble.text for trouble in found) or counted
-    flow = f"{numbers.live} unfinished, the oldest for {_span(numbers.oldest)}, {numbers.dead} dead letters" if numbers else ""
+    said = "; ".join(trouble.text for trouble in found) or at_work
+    dead = counted(numbers.dead, "dead letter") if numbers else ""
+    flow = f"{numbers.live} unfinished, the oldest for {_span(numbers.oldest)}, {dead}" if numbers else ""
     print(f"{WORDS[level]}: {said}" + (f" ({flow})" if flow else ""))
     return level
 
@@ -305,9 +314,8 @@ def logs(desk: Desk, given: argparse.Namespace) -> int:
     known = sorted(desk.folder.logs.glob("*.log"), key=lambda path: (path.stem.partition("-")[0], len(path.stem), path.stem))
     files = [str(path) for path in known if _is_named(path.stem, given.names)]
     if not files:
-        raise ConfigurationError(
-            f"no such log in {desk.folder.logs}: {', '.join(path.stem for path in known) or 'nothing was started yet'}"
-        )
+        there = f"there are: {', '.join(path.stem for path in known)}" if known else "nothing was started yet"
+        raise ConfigurationError(f"no log of {', '.join(given.names) or 'anything'} in {desk.folder.logs}; {there}")
     os.execvp("tail", ["tail", "-n", str(given.lines), *(["-F"] if given.follow else []), *files])  # noqa: S606  # tail, and our own files
 
 
@@ -332,7 +340,7 @@ def pause(desk: Desk, given: argparse.Namespace) -> int:
         call("HSET", key, field, f"{since}|{given.reason or reason}")
         return "paused already" if field in held else "paused; within two seconds nothing new is begun, what is in flight goes on"
 
-    return _change(desk, given, act)
+    return _change(desk, given, act, warned=True)
 
 
 def resume(desk: Desk, given: argparse.Namespace) -> int:
@@ -342,20 +350,49 @@ def resume(desk: Desk, given: argparse.Namespace) -> int:
     return _change(desk, given, act)
 
 
-def _change(desk: Desk, given: argparse.Namespace, act: Callable[[Callable[..., object], str, dict[str, str], str], str]) -> int:
-    accounts = [account.username for account in load_accounts(desk.settings.mail) if account.username]
-    targets = [pauses.parsed(target, accounts) for target in given.targets] + ([pauses.WORKERS] if given.workers else [])
+def _change(
+    desk: Desk,
+    given: argparse.Namespace,
+    act: Callable[[Callable[..., object], str, dict[str, str], str], str],
+    *,
+    warned: bool = False,
+) -> int:
+    """`warned`: say so where nobody reads what is named."""
+    accounts = [account for account in load_accounts(desk.settings.mail) if account.username]
+    configured = [(account.username, mailbox) for account in accounts for mailbox in account.mail.mailboxes]
+    targets = [pauses.parsed(target, [account.username for account in accounts]) for target in given.targets] + (
+        [pauses.WORKERS] if given.workers else []
+    )
     keys = Keys(desk.settings.stream.name)
     with open_redis(desk.settings, Shutdown()) as redis:
         held = redis.hash(keys.paused)
         for field in targets:
             desk.say(f"{_target(field)}: {act(redis.call, keys.paused, held, field)}")
+        if warned and targets:
+            _warn_of_unread(desk, targets, {*configured, *_read_before(redis, keys)})
         left = redis.hash(keys.paused)
     for field, value in sorted(left.items()):
         print(f"{_target(field)}: {pauses.told(value)}")
     if not left:
         print("nothing is paused")
     return 0
+
+
+def _warn_of_unread(desk: Desk, targets: Sequence[str], mailboxes: Collection[tuple[str, str]]) -> None:
+    known = ", ".join(f"{account}/{mailbox}" for account, mailbox in sorted(mailboxes)[:SHOWN]) or "none yet"
+    more = f" and {len(mailboxes) - SHOWN} more" if len(mailboxes) > SHOWN else ""
+    for field in pauses.meant_by_none(targets, mailboxes):
+        desk.say(f"{_target(field)}: no producer reads this now; known: {known}{more}", error=True)
+
+
+def _read_before(redis: RedisClient, keys: Keys) -> set[tuple[str, str]]:
+    """(account, mailbox) that a producer keeps its place in."""
+    cursor, found = "0", set[tuple[str, str]]()
+    while True:
+        cursor, page = redis.call("SCAN", cursor, "MATCH", keys.patterns()[0], "COUNT", 1000)
+        found |= {keys.mailbox_of_last_uid(key) for key in page if keys.is_last_uid(key)}
+        if str(cursor) == "0":
+            return found
 
 
 def _target(field: str) -> str:
@@ -370,12 +407,12 @@ def _target(field: str) -> str:
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The scripts tell their arguments themselves: --help needs no Python yet."""
-    parser = argparse.ArgumentParser(prog="control.py", add_help=False)
+    parser = argparse.ArgumentParser(add_help=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(run: Callable[[Desk, argparse.Namespace], int]) -> argparse.ArgumentParser:
         name = run.__name__
-        found = commands.add_parser(name, prog=f"{name}.sh", add_help=False)
+        found = commands.add_parser(name, prog=f"./scripts/{name}.sh", add_help=False)
         found.set_defaults(run=run)
         return found
 
@@ -401,9 +438,15 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         changing.add_argument("--workers", action="store_true")
     commands.choices["pause"].add_argument("--reason", default="")
     own, bar, rest = _split(argv)
-    given = parser.parse_args(own)
+    given, unknown = parser.parse_known_args(own)
+    called = commands.choices[given.command]
+    if unknown and given.run in (start, scale) and unknown[0].startswith("-"):
+        known = [word for word in own[1:] if word not in unknown]
+        called.error(f"a worker's arguments go after --: {called.prog} {shlex.join([*known, '--', *unknown, *rest])}")
+    if unknown:
+        called.error(f"{shlex.join(unknown)} cannot stand there: {called.prog} --help tells what can")
     if bar and given.run not in (start, scale):
-        parser.error("-- goes with start.sh and scale.sh only")
+        called.error("-- goes with start.sh and scale.sh only")
     given.args = rest
     return given
 
@@ -414,7 +457,9 @@ def _split(argv: Sequence[str]) -> tuple[list[str], bool, list[str]]:
 
 
 def _count(text: str) -> int:
-    return 0 if text == "0" else positive(text)
+    if not re.fullmatch(r"\d{1,4}", text):
+        raise argparse.ArgumentTypeError(f"{text} is no number of workers: 0, 1, 2, …")
+    return int(text)
 
 
 def main() -> int:

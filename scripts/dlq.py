@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 
 import _path  # noqa: F401  # before the project's own modules
-from _bulk import Pace, Progress, age, agreed, positive, rate, report
+from _bulk import Pace, Progress, age, agreed, counted, positive, rate, report
 from config.settings import Settings, SettingsError, load_settings
 from src.common import logging_config
 from src.common.batch import split
@@ -153,7 +153,7 @@ def print_list(desk: Desk) -> int:
             print(json.dumps({"id": letter.id, "group": letter.group, **short}, ensure_ascii=False))
     if sys.stdout.isatty():
         total = desk.redis.length(desk.keys.dlq)
-        print(f"{total} dead letters" if total else "no dead letters")
+        print(counted(total, "dead letter") if total else "no dead letters")
     return 0
 
 
@@ -208,7 +208,7 @@ def settle(desk: Desk, shutdown: Shutdown) -> int:
         return 0
     what = "replay" if given.command == "replay" else "discard"
     listed = "; ".join(f"{count} x {group}" for group, count in by_group.most_common(5))
-    question = f"{what} {total} dead letters ({listed})?" + (f" {GONE_FOR_GOOD}" if what == "discard" else "")
+    question = f"{what} {counted(total, 'dead letter')} ({listed})?" + (f" {GONE_FOR_GOOD}" if what == "discard" else "")
     if given.dry_run:
         report({"command": given.command, "dry_run": True, "chosen": total, "groups": by_group}, f"would {question[:-1]}")
         return 0
@@ -272,7 +272,7 @@ def _dies_again(desk: Desk, email_ids: list[str], shutdown: Shutdown) -> str:
         waiting = [email_id for email_id, place in zip(waiting, places, strict=True) if place]
         if waiting and SYSTEM.monotonic() > deadline:
             seconds = desk.given.wait.total_seconds()
-            return f"{len(waiting)} replayed mails are neither done nor dead after {seconds:g} s (does a worker run?)"
+            return f"{counted(len(waiting), 'replayed mail')} neither done nor dead after {seconds:g} s (does a worker run?)"
         if waiting and shutdown.wait(LOOK_SECONDS):
             return "stopped as asked"
     return ""
@@ -284,7 +284,7 @@ def _summary(command: str, answers: Counter[str], total: int, stopped: str) -> i
     summary |= {name: answers[answer] for answer, (name, _) in MEANINGS.items()} | {"stopped": stopped}
     report(
         summary,
-        f"{answers['OK']} of {total} dead letters {done}" + (f". {GONE_FOR_GOOD}" if done == "discarded" else ""),
+        f"{answers['OK']} of {counted(total, 'dead letter')} {done}" + (f". {GONE_FOR_GOOD}" if done == "discarded" else ""),
         *(f"{answers[answer]} {meaning}" for answer, (_, meaning) in MEANINGS.items() if answers[answer]),
     )
     if stopped:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Mapping
 
 import _path  # noqa: F401  # before the project's own modules
-from _bulk import Progress, agreed, report
+from _bulk import Progress, agreed, counted, report
 from config.settings import Settings, SettingsError, load_settings
 from src.common import logging_config
 from src.common.archive import Archive, open_archive
@@ -26,6 +27,15 @@ WHY_LEFT = {
     "HELD": "a worker has it in its hands: run the same line again when it is done",
     "LIVE": "it is unfinished: let it be handled and run the same line again, or add --force to erase it unhandled",
     "DANGLING": "its entry was deleted by hand: python scripts/audit.py --repair, then the same line again",
+}
+ONE = {
+    "mails": "mail",
+    "stream entries": "stream entry",
+    "dead letters": "dead letter",
+    "results": "result",
+    "raw mails": "raw mail",
+    "stored steps": "hash of stored steps",
+    "mentions in reprocess runs": "mention in reprocess runs",
 }
 STAYS = (
     "stays: in the mailbox, which is never changed (what was not read yet comes as ever); as a number among the processed ids, so that "
@@ -85,8 +95,8 @@ class Eraser:
     def found(self) -> dict[str, Traces]:
         wanted, sender = self.given.email_id, self.given.sender
         found = erase.find(self.redis, self.keys, erase.of_mail(wanted) if wanted else erase.of_sender(sender))
-        if wanted and split_email_id(wanted):
-            found.setdefault(wanted, Traces(wanted))  # steps or a place in the index may be all that is left
+        if wanted and split_email_id(wanted) and wanted not in found and erase.is_known(self.redis, self.keys, wanted):
+            found[wanted] = Traces(wanted)  # steps or a place in the index are all that is left
         return found
 
     def do(self) -> None:
@@ -138,13 +148,15 @@ class Eraser:
             removed, shared = erase.remove_raw(self.redis, self.keys, self.archive, self.began)
             self.went["raw mails"] += removed
             if shared:
-                self.stays.append(f"stays: {shared} raw mails in the archive that are also those of other, or of unfinished mail")
+                self.stays.append(
+                    f"stays: {counted(shared, 'raw mail')} in the archive, since other or unfinished mail has the same bytes"
+                )
         rest = sum(name.startswith("sha256:") for name in self.redis.call("SMEMBERS", self.keys.erasing))
         if rest:
             why = (
                 "RAW_ARCHIVE=off: name the place" if self.archive is None else f"{self.archive.store.place} does not give them up"
             )
-            self.troubles.append(f"{rest} raw mails are still in the archive ({why}), then run the same line again")
+            self.troubles.append(f"still in the archive: {counted(rest, 'raw mail')} ({why}), then run the same line again")
 
 
 def act(settings: Settings, redis: RedisClient, given: argparse.Namespace, shutdown: Shutdown) -> int:
@@ -162,12 +174,13 @@ def act(settings: Settings, redis: RedisClient, given: argparse.Namespace, shutd
         "results": sum(len(mail.results) for mail in found.values()),
         "raw mails": len(raw),
     }
-    listed = ", ".join(f"{count} {name}" for name, count in plan.items() if count)
+    listed = _listed(plan)
     if given.dry_run:
         report({"dry_run": True, **plan}, f"would erase {listed or 'nothing'}")
         return 0
     if not found and not raw and not pending:
-        report({"erased": {}, "left": {}}, "nothing is known of such mail: nothing to do", *STAYS)
+        print("erase.py: nothing is known of such mail: nothing to do", file=sys.stderr)
+        report({"erased": {}, "left": {}}, *STAYS)
         return 0
     question = f"Erase {listed or 'what an earlier run left'} for good?"
     if not agreed(question, yes=given.yes):
@@ -186,11 +199,15 @@ def described(mail: Traces) -> str:
     return ", ".join(f"{name} {len(found)}" for name, found in parts if found) or "nothing but, perhaps, its steps"
 
 
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {ONE[name] if count == 1 else name}" for name, count in counts.items() if count)
+
+
 def summary(eraser: Eraser) -> int:
     went = {name: count for name, count in eraser.went.items() if count}
     report(
         {"erased": went, "left": eraser.left, "troubles": eraser.troubles, "stays": eraser.stays},
-        "erased: " + (", ".join(f"{count} {name}" for name, count in went.items()) or "nothing"),
+        f"erased: {_listed(went) or 'nothing'}",
         *eraser.stays,
     )
     for name, why in eraser.left.items():

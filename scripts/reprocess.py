@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import _path  # noqa: F401  # before the project's own modules
-from _bulk import Pace, Progress, agreed, day, rate, report
+from _bulk import Pace, Progress, agreed, counted, day, rate, report
 from config.accounts import load_accounts
 from config.settings import Settings, SettingsError, load_settings
 from src.common import logging_config
@@ -290,7 +290,7 @@ def summary(run: Run, done: str, key: str) -> int:
     counts: dict[str, object] = {name: run.answers[answer] for answer, (name, _) in MEANINGS.items()}
     report(
         {"run": run.name, key: run.answers["OK"], **counts, "left": run.left},
-        f"{run.answers['OK']} finished mails {done}",
+        f"{counted(run.answers['OK'], 'finished mail')} {done}",
         *(f"{run.answers[answer]} {meaning}" for answer, (_, meaning) in MEANINGS.items() if run.answers[answer]),
     )
     for line in run.left:

@@ -14,6 +14,7 @@ from typing import Any
 
 import _path  # noqa: F401  # before the project's own modules
 from config.settings import SettingsError, load_settings
+from src.common import logging_config
 from src.common.clock import iso
 from src.common.embedded import open_redis
 from src.common.exceptions import ConfigurationError, GroupMissing, IngestionError
@@ -226,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = arguments().parse_args(argv)
     try:
         settings = load_settings()
+        logging_config.configure(settings.run.log_format, "ERROR")
         with open_redis(settings, Shutdown()) as redis:
             found = trace(redis, Keys(settings.stream.name), settings.stream.group, given.email_id)
         found.log = log_lines(given.log, found.email_id, found.correlation_id)

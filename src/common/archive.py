@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import fsspec  # type: ignore[import-untyped]
+from fsspec.registry import known_implementations  # type: ignore[import-untyped]
 
 from src.common.exceptions import ArchiveMissing, ArchiveUnavailable, ConfigurationError
 from src.common.keys import Keys
@@ -225,7 +226,9 @@ def open_archive(url: str | None, data_dir: Path) -> Archive | None:
         try:
             fsspec.get_filesystem_class(protocol)
         except (ImportError, ValueError) as error:
-            raise ConfigurationError(f"RAW_ARCHIVE={protocol}://…: {error}") from None
+            package = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
+            install = f"; run: .venv/bin/python -m pip install {package}" if package not in ("", "fsspec") else ""
+            raise ConfigurationError(f"RAW_ARCHIVE={protocol}://…: {error}{install}") from None
     return Archive(Bucket(url))
 
 

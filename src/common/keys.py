@@ -145,6 +145,11 @@ class Keys:
     def is_last_uid(self, key: str) -> bool:
         return key.startswith("producer_state:") and key.endswith(":last_uid")
 
+    def mailbox_of_last_uid(self, key: str) -> tuple[str, str]:
+        """(account, mailbox) of such a key."""
+        account, _, mailbox = key.removeprefix("producer_state:").removesuffix(":last_uid").partition(":")
+        return account, mailbox
+
     def restoring(self, nonce: str, number: int) -> str:
         """Where a restore keeps its key `number` (from 0) until all are there and take their places in one step."""
         return f"{self.stream}:restoring:{nonce}:{number}"

@@ -29,6 +29,12 @@ def parsed(target: str, accounts: Collection[str]) -> str:
     return field_of(account, mailbox) if known else field_of("", target)
 
 
+def meant_by_none(targets: Sequence[str], mailboxes: Collection[tuple[str, str]]) -> list[str]:
+    """Those of the fields `targets` that hold none of `mailboxes` (account, mailbox) up."""
+    held = {field for account, mailbox in mailboxes for field in fields_of(account, mailbox)} | {WORKERS}
+    return [field for field in targets if field not in held]
+
+
 def named(field: str) -> str:
     """`field` as `parsed` reads it; `--workers` for the workers."""
     account, bar, mailbox = field.partition("|")

@@ -6,7 +6,6 @@ detail and, where it is not ok, what to run.
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 
-from config.settings import RedisSettings, StreamSettings
+from config.settings import RedisSettings, StreamSettings, misspelt
 from src.auth.oauth2_gmail import SCOPE, TESTING_DAYS, days_since, setup_command
 from src.common.clock import iso
 from src.common.health import Memory
@@ -68,10 +67,8 @@ def settings(names: Collection[str] | None, mode: int, known: Collection[str]) -
     secret = next((name for name in sorted(names) if SECRET.search(name)), "")
     if mode & 0o077 and secret:
         return Finding("settings", "warn", f".env is open to other users (mode {mode:04o}) and sets {secret}", "chmod 600 .env")
-    for name in sorted(set(names) - set(known)):
-        near = difflib.get_close_matches(name, known, 1, cutoff=0.85)
-        if near:
-            return Finding("settings", "warn", f"{name} in .env is no setting", f"did you mean {near[0]}? Rename it in .env")
+    for name, meant in misspelt(names, known).items():
+        return Finding("settings", "warn", f"{name} in .env is no setting", f"did you mean {meant}? Rename it in .env")
     return Finding("settings", "ok", f"{len(names)} set in .env")
 
 
@@ -417,11 +414,6 @@ def requirements(text: str) -> dict[str, str]:
     """Package → version of the pins; those that hold for some Pythons only are left out."""
     lines = (line.strip() for line in text.splitlines())
     return {name: version for name, _, version in (line.partition("==") for line in lines if "==" in line and ";" not in line)}
-
-
-def env_names(text: str) -> list[str]:
-    """The variables that a .env file sets."""
-    return re.findall(r"^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)[ \t]*=", text, re.MULTILINE)
 
 
 def secrets_masked(text: str, secrets: Collection[str]) -> str:

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from config.accounts import Account, load_accounts
 from config.routes import load_routes
-from config.settings import SECTIONS, MailSettings, Settings, SettingsError
+from config.settings import MailSettings, Settings, SettingsError, env_names, known_names
 from src.auth.credentials import Credentials, credentials_of
 from src.auth.oauth2_gmail import TokenSource, first_existing, read_token, setup_command, token_files
 from src.auth.service_account import ServiceAccountSource
@@ -177,9 +177,9 @@ class _Group:
 
 def _env_file() -> Finding:
     path = Path(".env")
-    known = [str(field.alias) for section in SECTIONS.values() for field in section.model_fields.values()]
+    known = known_names()
     try:
-        return judge.settings(judge.env_names(path.read_text()), path.stat().st_mode & 0o777, known)
+        return judge.settings(env_names(path.read_text()), path.stat().st_mode & 0o777, known)
     except FileNotFoundError:
         return judge.settings(None, 0, known)
 

@@ -448,10 +448,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _emails(value: str) -> int:
-    number = int(value)
-    if not 1 <= number <= 100_000:
-        raise argparse.ArgumentTypeError(f"{value} is not between 1 and 100000")
-    return number
+    if not re.fullmatch(r"\d{1,6}", value) or not 1 <= int(value) <= 100_000:
+        raise argparse.ArgumentTypeError(f"{value} is no number from 1 to 100000")
+    return int(value)
 
 
 if __name__ == "__main__":

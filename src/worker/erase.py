@@ -67,6 +67,16 @@ def find(redis: RedisClient, keys: Keys, takes: Takes) -> dict[str, Traces]:
     return found
 
 
+def is_known(redis: RedisClient, keys: Keys, email_id: str) -> bool:
+    """Whether anything beside the streams still names the mail: the index, its attempts, its steps, a run of reprocess."""
+    marks = (keys.index, keys.starts, keys.tries)
+    return (
+        any(redis.call("HEXISTS", mark, email_id) for mark in marks)
+        or bool(redis.call("EXISTS", keys.steps(email_id)))
+        or any(redis.are_members(run, [email_id]) == [True] for run in runs(redis, keys))
+    )
+
+
 def _note(found: dict[str, Traces], keys: Keys, stream: str, entry_id: str, fields: Fields) -> None:
     ours = split_email_id(fields.get("email_id", "")) is not None
     if stream != keys.results:

@@ -266,14 +266,15 @@ def test_from_a_newer_server_into_an_older_one_and_back(
 
 
 def test_the_printed_command_restores_the_backup(quick_valkey: RedisServer, tmp_path: Path) -> None:
-    """The line that a backup prints is run as it stands, from the same folder; a file of spaces in its path too."""
+    """The line that a backup prints is run as it stands, from any folder; a file of spaces in its path too."""
     furnish(quick_valkey)
     desk = Desk(quick_valkey, tmp_path)
     _, said = desk.backup("--out", "my backups")
     quick_valkey.client().delete(*ours(contents(quick_valkey)))
     python, script, *args = shlex.split(said["restore"])
-    assert python == "python"
-    finished(Daemon(script, *args, env=desk.env, tmp=tmp_path))
+    assert python == "python" and Path(script).is_absolute()
+    (tmp_path / "elsewhere").mkdir()
+    finished(Daemon(script, *args, env=desk.env, tmp=tmp_path / "elsewhere"))
     assert quick_valkey.client().xlen(STREAM) == 7
 
 

@@ -190,7 +190,9 @@ def test_a_worker_that_cannot_start_is_told_with_its_reason(installed: Installed
     """Exit code 1, its own line of the log, no pid file; a wrong setting of the script itself is exit code 2."""
     output = installed.run("start.sh", "--no-producer", "--workers", "1", "--", "--handler", "nowhere:handle", code=1)
     assert "start.sh: worker-1 ended with exit code 2\n    worker.py: WORKER_HANDLER=nowhere:handle: cannot import" in output
-    assert installed.pids() == {}
+    assert installed.pids() == {} and "may get ready" not in output
+    assert "it could not run last time: worker.py: WORKER_HANDLER=nowhere:handle" in installed.run("status.sh", code=3)
+    assert "there are: worker-1" in installed.run("logs.sh", "nope", code=2)
     assert "start.sh: LEASE_SECONDS=none" in installed.run("start.sh", code=2, LEASE_SECONDS="none")
 
 
@@ -218,10 +220,14 @@ def test_stop_waits_for_a_handler_and_kills_only_if_told_to(installed: Installed
     assert f"worker-1 was killed (pid {pid})" in installed.run("stop.sh", "worker", "--kill", "--timeout", "0.1")
     assert "! no worker runs" in installed.run("status.sh", code=1)
     pipeline.open_gate("gate")
-    installed.run("scale.sh", "1")
+    installed.run("scale.sh", "1", "--", "--concurrency", "3")
     pipeline.wait_until_settled()
     os.kill(installed.pids()["worker-1"], signal.SIGKILL)
     until(lambda: "worker-1: ended without stop.sh" in installed.run("status.sh", code=1), DEADLINE, "its end is seen")
+    installed.run("scale.sh", "1")
+    assert "--concurrency" in (installed.root / "data" / "run" / "worker-1.pid").read_text(), (
+        "a killed worker is replaced by its like"
+    )
     installed.run("stop.sh")
     pipeline.assert_accounted()
 
@@ -229,7 +235,9 @@ def test_stop_waits_for_a_handler_and_kills_only_if_told_to(installed: Installed
 def test_once_leaves_a_paused_mailbox_alone(installed: Installed, pipeline: Pipeline) -> None:
     """And says so; a folder paused in all accounts is meant too."""
     pipeline.deliver("one")
-    installed.run("pause.sh", "INBOX", "--reason", "audit")
+    assert "no producer reads" not in installed.run("pause.sh", "INBOX", "--reason", "audit")
+    unread = f"nobody@x/INBOX: no producer reads this now; known: {pipeline.account}/INBOX"
+    assert unread in installed.run("pause.sh", "nobody@x/INBOX"), "it is paused, and noticed"
     with pipeline.producer("--once") as producer:
         assert producer.exit_code(DEADLINE) == 0
         assert "not read: paused by hand since" in producer.output()

@@ -387,7 +387,7 @@ def test_an_unknown_file_system_is_a_wrong_setting(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="RAW_ARCHIVE=nosuch://"):
         open_archive("nosuch://bucket", tmp_path)
     fsspec.register_implementation("testneeds", "no_such_package.System", errtxt="Install testneeds", clobber=True)
-    with pytest.raises(ConfigurationError, match="Install testneeds"):
+    with pytest.raises(ConfigurationError, match=r"Install testneeds; run: \.venv/bin/python -m pip install no_such_package$"):
         open_archive("testneeds://bucket", tmp_path)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from src.common.exceptions import Permanent
 from src.mail.record import Email, Envelope, Record, gmail_email_id, to_fields
-from src.sandbox.demo import Fates, environment, fates, judge
+from src.sandbox.demo import Fates, _options, environment, fates, judge
 from src.sandbox.demo_handler import handle
 from src.testing import context
 
@@ -88,3 +88,10 @@ def test_the_handler_fails_as_the_demo_promises(monkeypatch: pytest.MonkeyPatch)
                 name += type(error).__name__ + " "
         outcomes[name] = outcomes.get(name, 0) + 1
     assert outcomes == {"done": 43, "TimeoutError done": 5, "permanent": 1, "RuntimeError RuntimeError ": 1}
+
+
+@pytest.mark.parametrize("given", ["abc", "0", "-1", "100001", "1.5"])
+def test_a_wrong_number_of_mails_says_what_is_allowed(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _options([f"--emails={given}"])
+    assert capsys.readouterr().err.endswith(f"argument --emails: {given} is no number from 1 to 100000\n")

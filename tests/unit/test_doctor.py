@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from config.settings import SECTIONS, load_settings
+from config.settings import SECTIONS, env_names, load_settings
 from src.auth.oauth2_gmail import SCOPE
 from src.common.clock import iso
 from src.common.health import Memory
@@ -305,7 +305,7 @@ def test_every_secret_setting_is_known_as_one() -> None:
 def test_pins_and_variables_are_read() -> None:
     """requirements.txt without its conditional lines, and the names that .env sets."""
     assert judge.requirements("# x\nredis==8.1.0\n\nasync-timeout==5; python_full_version < '3.11.3'\n") == {"redis": "8.1.0"}
-    assert judge.env_names("# A=1\nREDIS_URL=x\n  export B = 2\n#C=3\n") == ["REDIS_URL", "B"]
+    assert env_names("# A=1\nREDIS_URL=x\n  export B = 2\n#C=3\n") == ["REDIS_URL", "B"]
 
 
 def test_a_secret_in_an_error_is_masked() -> None:

@@ -24,7 +24,7 @@ from redis.retry import Retry
 from config.settings import Settings, load_settings
 from src.common import embedded
 from src.common.embedded import Embedded, chosen_server, existing_redis, open_redis
-from src.common.exceptions import ConfigurationError
+from src.common.exceptions import ConfigurationError, RedisUnavailable
 from src.common.shutdown import Shutdown
 from tests.support.processes import free_port
 from tests.support.servers import RedisServer
@@ -249,6 +249,24 @@ def test_a_long_data_dir_has_its_socket_elsewhere(data: Path, monkeypatch: pytes
 
 
 # from the settings
+
+
+def test_a_command_without_redis_says_which_one_and_what_to_do(data: Path, local_port: int) -> None:
+    """Not the bare error of a socket: the setting, or the first run's choice and where it stands."""
+    with (
+        pytest.raises(RedisUnavailable, match=r"^Redis does not answer \(.*refused.*\): start it, or mend REDIS_URL$"),
+        open_redis(settings(data, REDIS_URL=f"redis://127.0.0.1:{local_port}/0"), Shutdown()) as client,
+    ):
+        client.ping()
+    (data / "redis.json").write_text('{"use": "local"}')
+    chosen = (
+        rf"the Redis on 127\.0\.0\.1:{local_port}, which the first run chose \({data}/redis\.json\), does not answer \(.*\): "
+    )
+    with (
+        pytest.raises(RedisUnavailable, match=chosen + "start it, or set REDIS_URL"),
+        open_redis(settings(data), Shutdown()) as client,
+    ):
+        client.ping()
 
 
 def test_redis_url_is_used_and_nothing_is_started(data: Path, valkey: RedisServer, caplog: pytest.LogCaptureFixture) -> None:

@@ -149,3 +149,22 @@ def test_what_is_deleted_while_it_is_written_stays_deleted(store: Store) -> None
     redis.call("XDEL", keys.dlq, "1-0")
     assert redis.run("rewrite", [keys.dlq, keys.copy], ["4-0", 3]) == ["DONE"]
     assert [entry for entry, _ in redis.entries(keys.dlq, count=9)] == ["2-0", "4-0", "5-0"]
+
+
+PLACES = [("HSET", "index", "S:9-0"), ("HSET", "starts", "0|9-0:1"), ("HSET", "tries", "1|1|5000")]
+
+
+@pytest.mark.parametrize("command", PLACES, ids=lambda command: str(command[1]))
+def test_a_mail_that_only_a_mark_names_is_known(store: Store, command: tuple[str, str, str]) -> None:
+    """What stands beside the streams may be all that is left of it; of another mail it says nothing."""
+    assert not erase.is_known(store.redis, store.keys, M1)
+    verb, place, value = command
+    store.redis.call(verb, getattr(store.keys, place), M1, value)
+    assert erase.is_known(store.redis, store.keys, M1) and not erase.is_known(store.redis, store.keys, M2)
+
+
+def test_a_mail_of_which_steps_or_a_run_of_reprocess_are_left_is_known(store: Store) -> None:
+    store.redis.call("HSET", store.keys.steps(M1), "fetch", "1")
+    store.redis.call("SADD", store.keys.run("again"), M2)
+    assert erase.is_known(store.redis, store.keys, M1) and erase.is_known(store.redis, store.keys, M2)
+    assert not erase.is_known(store.redis, store.keys, "gm:a:3")

@@ -13,7 +13,9 @@ import pytest
 
 sys.modules["_path"] = importlib.import_module("scripts._path")  # its own folder is not on our path
 processes = sys.modules["_processes"] = importlib.import_module("scripts._processes")
-fleet = importlib.import_module("scripts._fleet")
+fleet = sys.modules["_fleet"] = importlib.import_module("scripts._fleet")
+bulk = sys.modules["_bulk"] = importlib.import_module("scripts._bulk")
+control = importlib.import_module("scripts.control")
 
 BY_HAND = "not reading: paused by hand since 2026-01-31T08:00:00Z; go on: ./scripts/resume.sh --workers"
 
@@ -70,6 +72,71 @@ def test_a_killed_daemon_is_a_trouble_until_another_takes_its_place() -> None:
     [(level, text)] = levels(daemon("producer", started=200.0), daemon("worker", name="w2", started=50.0), killed)
     assert (level, text) == (1, "w1: no sign of life from host, pid 1: killed, or cut off")
     assert levels(daemon("producer"), daemon("worker", name="w2", started=101.0), killed) == []
+
+
+def test_a_killed_daemon_that_nobody_replaced_is_told_for_some_minutes() -> None:
+    """While others of its role run; with none of them it is told as long as it is known."""
+    killed, other = daemon("worker", "silent", name="w1", last_sign=100.0), daemon("worker", name="w2", started=50.0)
+    early, late = 100.0 + fleet.TOLD_SECONDS - 1, 100.0 + fleet.TOLD_SECONDS + 1
+
+    def told(now: float, *workers: Any) -> bool:
+        found = fleet.troubles(fleet.Fleet([daemon("producer"), *workers], "Valkey", now=now))
+        return any("no sign of life" in trouble.text and "start it on host" in trouble.remedy for trouble in found)
+
+    assert told(early, killed, other) and not told(late, killed, other) and told(late, killed)
+
+
+def test_a_worker_that_ended_is_replaced_by_scale_to_as_many_as_were_started_here() -> None:
+    """Those of systemd or of other machines do not count; without any, the usual two."""
+    ended = daemon("worker", "ended", name="worker-2", ours=True)
+    here = [daemon("producer"), daemon("worker", name="worker-1", ours=True), daemon("worker", name="w3"), ended]
+    [trouble] = fleet.troubles(fleet.Fleet(here, "Valkey"))
+    assert trouble.remedy == "./scripts/scale.sh 2  replaces it; ./scripts/logs.sh worker-2  may tell why"
+    assert fleet.troubles(fleet.Fleet([daemon("producer"), ended], "Valkey"))[0].remedy == "./scripts/scale.sh 1"
+    assert [t.remedy for t in fleet.troubles(fleet.Fleet([daemon("producer")], "Valkey"))] == ["./scripts/scale.sh 2"]
+
+
+def test_why_a_producer_could_not_start_is_told_from_its_log(tmp_path: Path) -> None:
+    """The line it ended with; a log that ends with a line of work tells nothing."""
+    folder = processes.Folder(tmp_path)
+    assert folder.last_words("producer") == ""
+    folder.logs.mkdir()
+    folder.log_of("producer").write_text('{"message": "x"}\nproducer.py: there is no token file\n')
+    folder.log_of("worker-1").write_text('worker.py: no\n{"message": "stopping"}\n')
+    assert (folder.last_words("producer"), folder.last_words("worker")) == ("producer.py: there is no token file", "")
+    seen = fleet.Fleet([daemon("worker")], "Valkey", last_words={"producer": folder.last_words("producer")})
+    assert [trouble.text for trouble in fleet.troubles(seen)] == ["no producer runs (producer.py: there is no token file)"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (
+            ["start", "--workers", "2", "--handler", "x:y"],
+            "./scripts/start.sh: error: a worker's arguments go after --: ./scripts/start.sh --workers 2 -- --handler x:y\n",
+        ),
+        (["scale", "-1"], "./scripts/scale.sh: error: argument workers: -1 is no number of workers: 0, 1, 2, …\n"),
+        (["status", "x"], "./scripts/status.sh: error: x cannot stand there: ./scripts/status.sh --help tells what can\n"),
+        (["stop", "--", "x"], "./scripts/stop.sh: error: -- goes with start.sh and scale.sh only\n"),
+    ],
+)
+def test_a_wrong_argument_names_the_script_and_the_right_line(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the user typed it, never control.py."""
+    with pytest.raises(SystemExit):
+        control.arguments(argv)
+    said = capsys.readouterr().err
+    assert said.endswith(expected) and "control.py" not in said
+
+
+def test_no_workers_is_a_number_and_arguments_of_workers_are_handed_on() -> None:
+    given = control.arguments(["scale", "0", "--", "--handler", "x:y"])
+    assert (given.workers, given.args) == (0, ["--handler", "x:y"])
+
+
+def test_one_is_not_many() -> None:
+    assert [bulk.counted(number, "dead letter") for number in (0, 1, 2)] == ["0 dead letters", "1 dead letter", "2 dead letters"]
 
 
 def test_a_process_is_told_from_another_of_its_number(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from src.common.keys import Keys
-from src.common.pauses import WORKERS, field_of, fields_of, named, parsed, why
+from src.common.pauses import WORKERS, field_of, fields_of, meant_by_none, named, parsed, why
 
 ANN = "ann@example.org"
 SINCE = "2026-01-31T08:00:00Z"
@@ -59,3 +59,18 @@ def test_a_pause_tells_since_when_why_and_what_ends_it() -> None:
 
 def test_the_key_follows_from_the_stream() -> None:
     assert Keys("s").paused == "s:paused"
+
+
+def test_a_pause_of_what_nobody_reads_is_noticed() -> None:
+    """A misspelt account or folder; all workers are always somebody."""
+    read = {(ANN, "INBOX"), ("joe", "Archive")}
+    meant = [field_of(ANN, "INBOX"), field_of(ANN, ""), field_of("", "Archive"), WORKERS]
+    strangers = [field_of("nobody@x", "INBOX"), field_of(ANN, "Archive"), field_of("", "inbox")]
+    assert meant_by_none([*meant, *strangers], read) == strangers
+
+
+def test_the_mailboxes_that_were_read_are_told_by_their_keys() -> None:
+    """Also folders with colons and slashes."""
+    keys = Keys("s")
+    key = keys.mailbox(ANN, "a:b/c").last_uid
+    assert keys.is_last_uid(key) and keys.mailbox_of_last_uid(key) == (ANN, "a:b/c")

@@ -220,6 +220,7 @@ WRONG = [
     ("METRICS_PORT", "65536", "must be a port (0 to 65535) or off"),
     ("METRICS_PORT", "none", "must be a port (0 to 65535) or off"),
     ("LEASE_SECONDS", "1\n2", "valid number"),
+    ("DATA_DIR", __file__, "is a file, not a folder"),
 ]
 
 
@@ -324,6 +325,18 @@ def test_no_token_is_exit_code_3_and_the_command_to_run(tmp_path: Path, valkey: 
     assert "python producer.py --auth-setup --username me@example.org" in lines[-1]
     assert "Traceback" not in "\n".join(lines)
     assert valkey.client().dbsize() == 0
+
+
+@pytest.mark.parametrize(("script", "args", "code"), [("producer.py", (), 3), ("worker.py", ("--drain",), 0)])
+def test_a_misspelt_name_in_the_env_file_is_a_warning_at_start(
+    script: str, args: tuple[str, ...], code: int, tmp_path: Path, valkey: RedisServer
+) -> None:
+    """With the name that is meant; what is like no setting is somebody else's and left alone."""
+    (tmp_path / ".env").write_text("MAX_ATEMPTS=3\nEDITOR=vi\nMAX_ATTEMPTS=4\n")
+    lines = ended(script, *args, code=code, tmp=tmp_path, REDIS_URL=valkey.url, DATA_DIR=str(tmp_path))
+    told = [line for line in lines if "is no setting" in line]
+    assert len(told) == 1
+    assert "MAX_ATEMPTS in .env is no setting and does nothing: did you mean MAX_ATTEMPTS?" in told[0]
 
 
 @pytest.mark.parametrize("script", ["producer.py", "worker.py"])
