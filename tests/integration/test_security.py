@@ -359,8 +359,10 @@ def test_every_file_is_for_its_owner_alone(pipeline: Pipeline) -> None:
         (pipeline.tmp / "mine.py").chmod(0o600)
         pipeline.deliver("three")
         until(lambda: len(list((data / "raw").glob("[0-9a-f]/*"))) == 3, DEADLINE, "it is published soon")
-        with pipeline.worker("--handler", "mine.py:handle", **env):
+        with pipeline.worker("--handler", "mine.py:handle", **env) as worker:
             until((pipeline.tmp / "mine.txt").exists, DEADLINE, "it is handled")
+            assert worker.terminate() == 0
+        assert producer.terminate() == 0, "the last one out ends the embedded server"
     made = [
         path
         for path in pipeline.tmp.rglob("*")
