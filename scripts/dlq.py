@@ -272,7 +272,7 @@ def _dies_again(desk: Desk, email_ids: list[str], shutdown: Shutdown) -> str:
         waiting = [email_id for email_id, place in zip(waiting, places, strict=True) if place]
         if waiting and SYSTEM.monotonic() > deadline:
             seconds = desk.given.wait.total_seconds()
-            return f"{counted(len(waiting), 'replayed mail')} neither done nor dead after {seconds:g} s (does a worker run?)"
+            return f"{counted(len(waiting), 'replayed mail')}: neither done nor dead after {seconds:g} s (does a worker run?)"
         if waiting and shutdown.wait(LOOK_SECONDS):
             return "stopped as asked"
     return ""

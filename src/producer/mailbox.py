@@ -276,8 +276,8 @@ class Mailbox:
         return self.gate()
 
     def _own(self, *, patient: bool = True) -> State | None:
-        """Wait until the mailbox is ours, if not `patient` only for one who died with the lease; how far it was read."""
-        said, ends = False, math.inf
+        """Wait until the mailbox is ours; not `patient`: only while its owner gives no sign of life. How far it was read."""
+        said, left = False, math.inf
         while True:
             answer = self.pulse.ask_redis(lambda: self.states.acquire(self.settings.mail.lease))
             self.owns = not isinstance(answer, Held)
@@ -285,11 +285,12 @@ class Mailbox:
                 self.reader.owned(answer)
                 return answer.state
             self.status, self.reader.epoch = "STANDBY", 0
-            if self.clock.monotonic() > ends:
+            if answer.seconds > left and not patient:  # it was renewed
                 log.info("%s: another producer is alive and reads it: left to that one", self.title)
                 return None
+            left = answer.seconds
             if not said:
-                said, ends = True, math.inf if patient else self.clock.monotonic() + answer.seconds
+                said = True
                 log.info(
                     "%s: another producer reads it; standing by, to take over %.0f s after its last sign of life at most",
                     self.title,

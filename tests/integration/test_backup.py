@@ -537,7 +537,7 @@ def test_keep_removes_older_backups_of_ours_only(quick_valkey: RedisServer, tmp_
     second = desk.backup("--format", "jsonl.zst", "--keep", "2")[0]
     assert first.exists() and second.exists()
     third, said = desk.backup("--keep", "2")
-    assert said["removed"] == [str(first.relative_to(tmp_path))]
+    assert said["removed"] == [str(first)]
     files = {second, third, *(path.with_name(f"{path.name}.manifest.json") for path in (second, third))}
     assert set(out.iterdir()) == {*files, out / ".lock", out / "email-ingestion-notes.rdb"}
     quick_valkey.client().flushall()

@@ -310,7 +310,7 @@ def test_stop_on_failure_does_not_wait_for_ever(pipeline: Pipeline) -> None:
     """No worker runs: after --wait it says so and stops, with the rest untouched."""
     bury_many(pipeline, 25)
     output = dlq(pipeline, "replay", "--all", "--yes", "--stop-on-failure", "--wait", "1s", code=1)
-    assert "10 replayed mails are neither done nor dead after 1 s (does a worker run?)" in output
+    assert "10 replayed mails: neither done nor dead after 1 s (does a worker run?)" in output
     assert (len(pipeline.books().stream), len(pipeline.books().dead)) == (10, 15)
 
 

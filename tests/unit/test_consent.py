@@ -313,7 +313,7 @@ def test_a_sandbox_that_cannot_be_kept_is_a_setting_to_mend(tmp_path: Path) -> N
     )
     assert (ended.returncode, ended.stderr) == (
         2,
-        f"producer.py: DATA_DIR={tmp_path}/file: cannot be written (Not a directory); choose another folder\n",
+        f"producer.py: DATA_DIR={tmp_path}/file: is a file, not a folder\n",
     )
 
 
