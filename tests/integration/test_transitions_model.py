@@ -490,7 +490,7 @@ def test_transitions_do_what_the_model_says() -> None:
 @pytest.mark.usefixtures("server")
 def test_transitions_do_what_the_model_says_for_long() -> None:
     """The same, longer and more often."""
-    run_state_machine_as_test(LifeOfMail, settings=settings(PROFILE, max_examples=500, stateful_step_count=60))
+    run_state_machine_as_test(LifeOfMail, settings=settings(PROFILE, max_examples=300, stateful_step_count=60))
 
 
 MUTANTS = (
