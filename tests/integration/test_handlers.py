@@ -353,7 +353,9 @@ def test_postgres_restarts_under_load(postgres_of_module: PostgresServer, valkey
     url = postgres_of_module.url(postgres_of_module.new_database())
     workers = Workers(valkey, tmp_path, "sql", SQL_URL=url, SQL_CREATE_TABLES="true")
     fill(workers.client, 10 * MAILS)
-    with workers.worker() as first, workers.worker():
+    with workers.worker() as first, workers.worker() as second:
+        for worker in (first, second):  # one that begins while the database is away ends, and says why
+            worker.wait_for("as group", DEADLINE)
         until(lambda: workers.left() < 9 * MAILS, DEADLINE, "the first mails are stored")
         postgres_of_module.stop()
         try:
