@@ -14,13 +14,13 @@ from typing import Any
 
 import _path  # noqa: F401  # before the project's own modules
 from _bulk import Progress, day
+from _command import run_command, say
 from config.accounts import load_accounts
-from config.settings import Settings, SettingsError, load_settings
-from src.common import logging_config
+from config.settings import Settings
 from src.common.circuit_breaker import Breakers, rules_of
 from src.common.clock import SYSTEM, iso
 from src.common.embedded import existing_redis, open_redis
-from src.common.exceptions import ConfigurationError, IngestionError, RedisFull, RedisUnavailable
+from src.common.exceptions import IngestionError, RedisFull, RedisUnavailable
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
 from src.common.shutdown import Shutdown
@@ -219,10 +219,6 @@ class Audit:
             print("Redis: index, stream, pending list and counters agree")
 
 
-def say(line: str) -> None:
-    print(f"audit.py: {line}", file=sys.stderr, flush=True)
-
-
 @contextmanager
 def server(settings: Settings, shutdown: Shutdown, *, repair: bool) -> Iterator[RedisClient]:
     """The Redis that is there; only to repair one is waited for, or started."""
@@ -243,19 +239,18 @@ def main() -> int:
         "GMAIL_USERNAME": tuple(given.username) if given.username else None,
         "MAILBOXES": tuple(given.mailbox) if given.mailbox else None,
     }
-    try:
-        settings, shutdown = load_settings(flags), Shutdown()
-        logging_config.configure(settings.run.log_format, "WARNING")
+
+    def run(settings: Settings, shutdown: Shutdown) -> int:
         shutdown.on_signals()
-        found = accesses(load_accounts(settings.mail, flags), SYSTEM, keep=given.repair)
-        with server(settings, shutdown, repair=given.repair) as redis:
-            return Audit(settings, redis, shutdown, given).run(found)
-    except (SettingsError, IngestionError) as error:
-        say(str(error))
-        return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 1
-    except NoUsableToken as error:
-        say(str(error))
-        return 3
+        try:
+            found = accesses(load_accounts(settings.mail, flags), SYSTEM, keep=given.repair)
+            with server(settings, shutdown, repair=given.repair) as redis:
+                return Audit(settings, redis, shutdown, given).run(found)
+        except NoUsableToken as error:
+            say(str(error))
+            return 3
+
+    return run_command(run, log_level="WARNING", flags=flags)
 
 
 if __name__ == "__main__":

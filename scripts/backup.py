@@ -9,14 +9,13 @@ from pathlib import Path
 
 import _path  # noqa: F401  # before the project's own modules
 from _bulk import positive, report
+from _command import run_command, say
 from _steps import Steps
-from config.settings import SettingsError, load_settings
+from config.settings import Settings
 from src.backup.commands import sentence
 from src.backup.take import Backup, Taken
-from src.common import logging_config
 from src.common.clock import SYSTEM
 from src.common.embedded import open_redis
-from src.common.exceptions import ConfigurationError, IngestionError
 from src.common.keys import Keys
 from src.common.shutdown import Shutdown
 
@@ -75,23 +74,17 @@ def say_taken(taken: Taken) -> int:
     return 0
 
 
-def say(line: str) -> None:
-    print(f"backup.py: {line}", file=sys.stderr, flush=True)
-
-
 def main() -> int:
     given = arguments().parse_args()
-    try:
-        settings, shutdown = load_settings(), Shutdown()
-        logging_config.configure(settings.run.log_format, "WARNING")
+
+    def run(settings: Settings, shutdown: Shutdown) -> int:
         shutdown.on_signals()
         with open_redis(settings, shutdown) as redis, Steps(SYSTEM) as tell:
             keys = Keys(settings.stream.name)
             taken = Backup(redis, keys, given.out.resolve(), given.format, given.keep, SYSTEM, shutdown, tell).run()
         return say_taken(taken)
-    except (SettingsError, IngestionError) as error:
-        say(str(error))
-        return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 1
+
+    return run_command(run, log_level="WARNING")
 
 
 if __name__ == "__main__":

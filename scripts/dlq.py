@@ -14,13 +14,13 @@ from itertools import islice
 
 import _path  # noqa: F401  # before the project's own modules
 from _bulk import Pace, Progress, age, agreed, counted, positive, rate, report
-from config.settings import Settings, SettingsError, load_settings
-from src.common import logging_config
+from _command import run_command, say
+from config.settings import Settings
 from src.common.batch import split
 from src.common.clock import SYSTEM
 from src.common.embedded import open_redis
 from src.common.error_groups import grouped
-from src.common.exceptions import ConfigurationError, IngestionError, RedisFull, Transient
+from src.common.exceptions import ConfigurationError, RedisFull, Transient
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
 from src.common.shutdown import Shutdown
@@ -288,7 +288,7 @@ def _summary(command: str, answers: Counter[str], total: int, stopped: str) -> i
         *(f"{answers[answer]} {meaning}" for answer, (_, meaning) in MEANINGS.items() if answers[answer]),
     )
     if stopped:
-        print(f"dlq.py: {stopped}", file=sys.stderr)
+        say(str(stopped))
     return 1 if stopped or answers["FOREIGN"] else 0
 
 
@@ -298,20 +298,15 @@ def _plain(text: str, width: int) -> str:
 
 def main() -> int:
     given = arguments().parse_args()
-    try:
-        settings = load_settings()
-        logging_config.configure(settings.run.log_format, "ERROR")
-        keys, shutdown = Keys(settings.stream.name), Shutdown()
+
+    def run(settings: Settings, shutdown: Shutdown) -> int:
+        keys = Keys(settings.stream.name)
         with open_redis(settings, shutdown) as redis:
             desk = Desk(settings, redis, keys, given, dlq.newest(redis, keys))
             printers = {"list": print_list, "show": print_letters, "groups": print_groups, "export": export}
             return printers[given.command](desk) if given.command in printers else settle(desk, shutdown)
-    except (SettingsError, IngestionError) as error:
-        print(f"dlq.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 1
-    except KeyboardInterrupt:
-        print("dlq.py: stopped before anything was changed", file=sys.stderr)
-        return 1
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

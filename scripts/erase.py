@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 import _path  # noqa: F401  # before the project's own modules
 from _bulk import Progress, agreed, counted, report
-from config.settings import Settings, SettingsError, load_settings
-from src.common import logging_config
+from _command import run_command, say
+from config.settings import Settings
 from src.common.archive import Archive, open_archive
 from src.common.clock import SYSTEM
 from src.common.embedded import open_redis
-from src.common.exceptions import ConfigurationError, IngestionError, Transient
+from src.common.exceptions import Transient
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
 from src.common.shutdown import Shutdown
@@ -179,7 +179,7 @@ def act(settings: Settings, redis: RedisClient, given: argparse.Namespace, shutd
         report({"dry_run": True, **plan}, f"would erase {listed or 'nothing'}")
         return 0
     if not found and not raw and not pending:
-        print("erase.py: nothing is known of such mail: nothing to do", file=sys.stderr)
+        say("nothing is known of such mail: nothing to do")
         report({"erased": {}, "left": {}}, *STAYS)
         return 0
     question = f"Erase {listed or 'what an earlier run left'} for good?"
@@ -211,25 +211,20 @@ def summary(eraser: Eraser) -> int:
         *eraser.stays,
     )
     for name, why in eraser.left.items():
-        print(f"erase.py: {name} is left: {why}", file=sys.stderr)
+        say(f"{name} is left: {why}")
     for trouble in eraser.troubles:
-        print(f"erase.py: {trouble}", file=sys.stderr)
+        say(trouble)
     return 1 if eraser.left or eraser.troubles else 0
 
 
 def main() -> int:
     given = arguments().parse_args()
-    try:
-        settings, shutdown = load_settings(), Shutdown()
-        logging_config.configure(settings.run.log_format, "ERROR")
+
+    def run(settings: Settings, shutdown: Shutdown) -> int:
         with open_redis(settings, shutdown) as redis:
             return act(settings, redis, given, shutdown)
-    except (SettingsError, IngestionError) as error:
-        print(f"erase.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 1
-    except KeyboardInterrupt:
-        print("erase.py: stopped before anything was changed", file=sys.stderr)
-        return 1
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

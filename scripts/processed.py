@@ -10,11 +10,11 @@ from datetime import date
 
 import _path  # noqa: F401  # before the project's own modules
 from _bulk import agreed, day, report
-from config.settings import Settings, SettingsError, load_settings
-from src.common import logging_config
+from _command import run_command
+from config.settings import Settings
 from src.common.clock import SYSTEM
 from src.common.embedded import open_redis
-from src.common.exceptions import ConfigurationError, IngestionError
+from src.common.exceptions import ConfigurationError
 from src.common.keys import Keys, day_of
 from src.common.redis_client import RedisClient
 from src.common.shutdown import Shutdown
@@ -103,21 +103,17 @@ def _totals(found: list[Day]) -> dict[str, int]:
 
 def main() -> int:
     given = arguments().parse_args()
-    try:
-        settings = load_settings()
-        logging_config.configure(settings.run.log_format, "ERROR")
+
+    def run(settings: Settings, shutdown: Shutdown) -> int:
         keys = Keys(settings.stream.name)
-        with open_redis(settings, Shutdown()) as redis:
+        with open_redis(settings, shutdown) as redis:
             if given.command == "count":
                 return count(redis, keys, given)
             if given.command == "has":
                 return has(redis, keys, given)
             return clear(redis, keys, given, settings, SYSTEM.wall().date())
-    except (SettingsError, IngestionError) as error:
-        print(f"processed.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 1
-    except KeyboardInterrupt:
-        return 1
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

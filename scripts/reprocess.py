@@ -11,9 +11,9 @@ from itertools import islice
 
 import _path  # noqa: F401  # before the project's own modules
 from _bulk import Pace, Progress, agreed, counted, day, rate, report
+from _command import run_command, say
 from config.accounts import load_accounts
-from config.settings import Settings, SettingsError, load_settings
-from src.common import logging_config
+from config.settings import Settings
 from src.common.archive import open_archive
 from src.common.batch import split
 from src.common.clock import SYSTEM
@@ -22,7 +22,6 @@ from src.common.exceptions import (
     ArchiveMissing,
     ConfigurationError,
     ImapUnavailable,
-    IngestionError,
     MailboxMissing,
     ReauthRequired,
     Transient,
@@ -294,7 +293,7 @@ def summary(run: Run, done: str, key: str) -> int:
         *(f"{run.answers[answer]} {meaning}" for answer, (_, meaning) in MEANINGS.items() if run.answers[answer]),
     )
     for line in run.left:
-        print(f"reprocess.py: {line}", file=sys.stderr)
+        say(line)
     return 1 if run.left else 0
 
 
@@ -303,17 +302,12 @@ def main() -> int:
     given = parser.parse_args()
     if given.since > given.until:
         parser.error("--since is after --until")
-    try:
-        settings, shutdown = load_settings(), Shutdown()
-        logging_config.configure(settings.run.log_format, "ERROR")
+
+    def run(settings: Settings, shutdown: Shutdown) -> int:
         with open_redis(settings, shutdown) as redis:
             return act(settings, redis, given, shutdown)
-    except (SettingsError, IngestionError) as error:
-        print(f"reprocess.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 1
-    except KeyboardInterrupt:
-        print("reprocess.py: stopped before anything was changed", file=sys.stderr)
-        return 1
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

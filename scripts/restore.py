@@ -9,15 +9,15 @@ from pathlib import Path
 
 import _path  # noqa: F401  # before the project's own modules
 from _bulk import report
+from _command import run_command
 from _steps import Steps
-from config.settings import Settings, SettingsError, load_settings
+from config.settings import Settings
 from src.backup.commands import Size, counts, measured, ours, sentence
 from src.backup.restore import Restore, Target
 from src.backup.source import Source, opened
-from src.common import logging_config
 from src.common.clock import SYSTEM
 from src.common.embedded import open_redis, server_url
-from src.common.exceptions import BackupError, ConfigurationError, IngestionError
+from src.common.exceptions import BackupError
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
 from src.common.shutdown import Shutdown
@@ -96,15 +96,10 @@ class Desk:
         return int(not agree and not target.alive), facts, lines
 
 
-def say(line: str) -> None:
-    print(f"restore.py: {line}", file=sys.stderr, flush=True)
-
-
 def main() -> int:
     given = arguments().parse_args()
-    try:
-        settings, shutdown = load_settings(), Shutdown()
-        logging_config.configure(settings.run.log_format, "WARNING")
+
+    def run(settings: Settings, shutdown: Shutdown) -> int:
         shutdown.on_signals()
         with open_redis(settings, shutdown):
             client = RedisClient.connect(
@@ -114,9 +109,8 @@ def main() -> int:
                 code, facts, lines = Desk(settings, redis, shutdown, given, tell).run()
         report(facts, *lines)
         return code
-    except (SettingsError, IngestionError) as error:
-        say(str(error))
-        return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 1
+
+    return run_command(run, log_level="WARNING")
 
 
 if __name__ == "__main__":

@@ -6,18 +6,18 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401  # before the project's own modules
-from config.settings import SettingsError, load_settings
-from src.common import logging_config
+from _command import run_command
+from config.settings import Settings
 from src.common.clock import iso
 from src.common.embedded import open_redis
-from src.common.exceptions import ConfigurationError, GroupMissing, IngestionError
+from src.common.exceptions import ConfigurationError, GroupMissing
 from src.common.keys import Keys
 from src.common.redis_client import Fields, RedisClient
 from src.common.shutdown import Shutdown
@@ -223,19 +223,17 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    given = arguments().parse_args(argv)
-    try:
-        settings = load_settings()
-        logging_config.configure(settings.run.log_format, "ERROR")
-        with open_redis(settings, Shutdown()) as redis:
+def main() -> int:
+    given = arguments().parse_args()
+
+    def run(settings: Settings, shutdown: Shutdown) -> int:
+        with open_redis(settings, shutdown) as redis:
             found = trace(redis, Keys(settings.stream.name), settings.stream.group, given.email_id)
         found.log = log_lines(given.log, found.email_id, found.correlation_id)
-    except (SettingsError, IngestionError) as error:
-        print(f"trace.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (SettingsError, ConfigurationError)) else 1
-    print(show(found) if sys.stdout.isatty() else as_json(found))
-    return 0 if found.events or found.log else 1
+        print(show(found) if sys.stdout.isatty() else as_json(found))
+        return 0 if found.events or found.log else 1
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

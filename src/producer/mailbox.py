@@ -49,6 +49,7 @@ LOOK_SECONDS = 2.0  # between two looks at that file
 PAUSE_SECONDS = 1.0  # between two looks whether somebody resumed it
 BACKOFF_CAP = 300.0  # longest wait between two sessions that break off
 SHORT_SECONDS = 60.0  # a session that broke off sooner counts as one that breaks off again and again
+WAITED_FOR = (NotOurs, ImapIncomplete, ImapThrottled, BreakerOpen, ImapUnavailable)  # what is over by itself
 
 STATES = (
     "STARTING",
@@ -213,19 +214,10 @@ class Mailbox:
                 state = self._own()
                 if not self.shutdown.requested:
                     self._in_session(state, forever=True)
-            except NotOurs as error:
-                log.info("%s: %s", self.title, error)
             except (ReauthRequired, MailboxMissing, ConfigurationError) as error:
                 self._disabled(error, stamp)
-            except ImapIncomplete as error:
-                log.warning("%s: %s; asking again", self.title, error)
-                self.pulse.pause(self.settings.mail.incomplete_wait)
-            except ImapThrottled as error:
-                self._rest(error)
-            except BreakerOpen as error:
-                self._wait_for_reopening(error)
-            except ImapUnavailable as error:
-                self._broke_off(error)
+            except WAITED_FOR as error:
+                self._wait_for(error)
             except (Transient, ScriptRefused) as error:
                 log.warning("%s: %s; trying again", self.title, error)
                 self.pulse.pause(1.0)
@@ -242,18 +234,23 @@ class Mailbox:
             try:
                 state = self._own(patient=False)
                 return self._in_session(state, forever=False) if self.owns else None
-            except NotOurs as error:
-                log.info("%s: %s", self.title, error)
-            except ImapIncomplete as error:
-                log.warning("%s: %s; asking again", self.title, error)
-                self.pulse.pause(self.settings.mail.incomplete_wait)
-            except ImapThrottled as error:
-                self._rest(error)
-            except BreakerOpen as error:
-                self._wait_for_reopening(error)
-            except ImapUnavailable as error:
-                self._broke_off(error)
+            except WAITED_FOR as error:
+                self._wait_for(error)
         return None
+
+    def _wait_for(self, error: Exception) -> None:
+        """Say what is in the way, and wait until it may be over."""
+        if isinstance(error, NotOurs):
+            log.info("%s: %s", self.title, error)
+        elif isinstance(error, ImapIncomplete):
+            log.warning("%s: %s; asking again", self.title, error)
+            self.pulse.pause(self.settings.mail.incomplete_wait)
+        elif isinstance(error, ImapThrottled):
+            self._rest(error)
+        elif isinstance(error, BreakerOpen):
+            self._wait_for_reopening(error)
+        elif isinstance(error, ImapUnavailable):
+            self._broke_off(error)
 
     def _held_up(self) -> bool:
         """Somebody paused it: no session, no lease; after a moment the next look. What Redis knows of it stays as it is."""

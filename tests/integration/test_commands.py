@@ -16,6 +16,7 @@ from config.settings import load_settings
 from src.common.clock import SYSTEM
 from src.producer.daemon import accesses
 from src.producer.offline import print_preview
+from tests.support.acl import not_under_acl
 from tests.support.daemons import Daemon
 from tests.support.pipeline import DEADLINE, Pipeline
 from tests.support.processes import free_port
@@ -196,6 +197,7 @@ def test_wrong_setting(pipeline: Pipeline, script: str) -> None:
     assert len(output.splitlines()) == 1
 
 
+@not_under_acl("the users may reach one stream only")
 def test_stream_name_that_is_taken(pipeline: Pipeline) -> None:
     """STREAM_NAME of a key that is no stream: exit 2 for the worker; the producer leaves the key alone and says so."""
     pipeline.client.set("taken", "precious")

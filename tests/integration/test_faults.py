@@ -23,6 +23,7 @@ import pytest
 
 from src.sandbox.server import Sandbox
 from tests.integration.test_worker_faults import published
+from tests.support.acl import not_under_acl
 from tests.support.daemons import Daemon
 from tests.support.pipeline import DEADLINE, Pipeline
 from tests.support.processes import ChildProcess, free_port
@@ -389,6 +390,7 @@ def test_a_disk_that_refuses_snapshots(binary: Literal["redis", "valkey"], sandb
         pipeline.assert_accounted()
 
 
+@not_under_acl("a file system is mounted over the folder that holds the users")
 def test_a_disk_without_room_for_the_append_only_file(sandbox: Sandbox, tmp_path: Path) -> None:
     """A file system of 1 MB fills up: intake and work pause; with more room both go on, and after kill -9 everything is there."""
     server = RedisServer("valkey", appendonly=True, options={"auto-aof-rewrite-percentage": "0"})

@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 
 from src.sandbox.server import Sandbox
+from tests.support.acl import not_under_acl
 from tests.support.daemons import Daemon
 from tests.support.pipeline import DEADLINE, Pipeline
 from tests.support.servers import RedisServer, have_redis, need
@@ -191,6 +192,7 @@ def test_daemons_that_wait_for_redis_end_on_sigterm(sandbox: Sandbox, tmp_path: 
             assert daemon.terminate() == 0
 
 
+@not_under_acl("the users may not read CONFIG, and without it nothing is said of snapshots")
 def test_persistence_off_is_warned_of(pipeline: Pipeline) -> None:
     """A server that keeps nothing on disk is named at the start of both daemons, with the command that changes it."""
     with pipeline.producer() as producer, pipeline.worker() as worker:

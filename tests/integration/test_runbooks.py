@@ -24,10 +24,10 @@ from _pytest.mark import ParameterSet
 from src.auth.oauth2_gmail import read_token
 from src.common.keys import Keys
 from src.sandbox.server import Sandbox
-from tests.integration.test_scripts import Installed
 from tests.support import acl
 from tests.support.account import assert_accounted
 from tests.support.daemons import ROOT
+from tests.support.installed import Installed
 from tests.support.pipeline import DEADLINE, Pipeline
 from tests.support.processes import adopt
 from tests.support.servers import RedisServer, have_redis, need

@@ -11,10 +11,17 @@ import shlex
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
+
 Role = Literal["producer", "worker", "operator"]
 
 EVERYWHERE = os.environ.get("TEST_ACL") == "1"
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "security.md"
+
+
+def not_under_acl(why: str) -> pytest.MarkDecorator:
+    """For a test that cannot pass where every server has the users."""
+    return pytest.mark.skipif(EVERYWHERE, reason=f"TEST_ACL=1: {why}")
 
 
 def lines() -> list[list[str]]:
