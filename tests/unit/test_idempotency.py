@@ -12,6 +12,7 @@ from src.worker import recovery
 from src.worker.delivery import Delivery
 from src.worker.idempotency import Begun, Done, begin, complete
 from tests.support.fake import DAY, DONE, GROUP, Content, Store, fields_of, present
+from tests.support.wait import until
 
 NOW = datetime(2026, 2, 1, tzinfo=UTC)
 M1, M2, M3 = "gm:a:1", "gm:a:2", "gm:a:3"
@@ -258,7 +259,7 @@ def test_only_solo_starts_that_never_finish_bury_and_it_takes_three(store: Store
     seen = [begun(store, [mail], consumer="w0")[0].verdict]
     for life in range(1, 5):
         consumer = f"w{life}"
-        [mail] = recovery.recover(store.seat(consumer), lease=0, most=10, in_flight=[])
+        [mail] = until(lambda seat=store.seat(consumer): recovery.recover(seat, lease=0, most=10, in_flight=[]), 10, "it is idle")
         seen.append(begun(store, [mail], consumer=consumer)[0].verdict)
         if seen[-1] == "SUSPECT":
             seen.append(begun(store, [mail], solo=True, consumer=consumer)[0].verdict)

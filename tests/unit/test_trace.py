@@ -15,7 +15,8 @@ from src.common.redis_client import RedisClient
 from src.mail.record import member_of
 from tests.support.fake import GROUP, Store, fields_of, flat
 
-sys.modules["_path"] = importlib.import_module("scripts._path")  # its own folder is not on our path
+for name in ("_path", "_command"):
+    sys.modules[name] = importlib.import_module(f"scripts.{name}")  # its own folder is not on our path
 script = importlib.import_module("scripts.trace")
 Event, log_lines, show, trace = script.Event, script.log_lines, script.show, script.trace
 
