@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 
@@ -259,7 +260,8 @@ def test_only_solo_starts_that_never_finish_bury_and_it_takes_three(store: Store
     seen = [begun(store, [mail], consumer="w0")[0].verdict]
     for life in range(1, 5):
         consumer = f"w{life}"
-        [mail] = until(lambda seat=store.seat(consumer): recovery.recover(seat, lease=0, most=10, in_flight=[]), 10, "it is idle")
+        recover = partial(recovery.recover, store.seat(consumer), lease=0, most=10, in_flight=[])
+        [mail] = until(recover, 10, "it is idle")
         seen.append(begun(store, [mail], consumer=consumer)[0].verdict)
         if seen[-1] == "SUSPECT":
             seen.append(begun(store, [mail], solo=True, consumer=consumer)[0].verdict)
