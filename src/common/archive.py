@@ -180,8 +180,8 @@ def ref_of(raw: bytes) -> str:
 
 def raw_ref_in(record: str) -> str:
     """The reference in a record's JSON text, found without decoding it; "" where there is none."""
-    behind_the_text = max(0, record.find('"raw_ref"'))  # a pattern would look at each letter before
-    found = _REF_IN_RECORD.search(record, behind_the_text)
+    behind_the_text = record.find('"raw_ref"')  # a pattern would look at each letter before
+    found = _REF_IN_RECORD.search(record, behind_the_text) if behind_the_text >= 0 else None
     return found[1] if found else ""
 
 

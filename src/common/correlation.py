@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 
 _current: ContextVar[str] = ContextVar("correlation_id", default="")
 
@@ -14,14 +12,19 @@ def current() -> str:
     return _current.get()
 
 
-@contextmanager
-def correlated(correlation_id: str) -> Iterator[None]:
-    """Every log line written inside carries `correlation_id`."""
-    token = _current.set(correlation_id)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+class correlated:  # used as a statement: `with correlated(…):`
+    """Every log line written inside carries `correlation_id`. Once for each mail, so no generator stands behind it."""
+
+    __slots__ = ("_id", "_token")
+
+    def __init__(self, correlation_id: str) -> None:
+        self._id = correlation_id
+
+    def __enter__(self) -> None:
+        self._token: Token[str] = _current.set(self._id)
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._token)
 
 
 def traceparent_of(correlation_id: str) -> str:

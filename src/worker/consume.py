@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +18,7 @@ from src.common.error_groups import fingerprint
 from src.common.exceptions import ScriptRefused, Transient
 from src.common.timing import WAY, Histogram
 from src.worker import dlq, idempotency, recovery
-from src.worker.delivery import Delivery, Seat
+from src.worker.delivery import Delivery, Seat, sorted_out
 from src.worker.dlq import Failed, Failure
 from src.worker.idempotency import DEATH, Begun, Done
 from src.worker.processor import Handlers, Outcome, Started, Terms, handle
@@ -134,8 +134,13 @@ class Consumer:
         )
         return [Delivery(stream_id, 1, fields) for stream_id, fields in fresh]
 
+    def has_room(self) -> None:
+        """A handler's place is free: a `take` that waits for one ends."""
+        with self.settled:
+            self.settled.notify_all()
+
     def _wait(self) -> None:
-        """Until something is settled, at most a tick."""
+        """Until something is settled or a place is free, at most a tick."""
         with self.settled:
             self.settled.wait(timeout=min(0.25, self.work.recovery_tick))
 
@@ -209,15 +214,14 @@ class Consumer:
             self.settled.notify_all()
 
     def _begin(self) -> list[Started]:
-        newer = [mail for mail in self._unbegun if mail.newer]
+        newer, foreign, ours = sorted_out(self._unbegun)
         if newer:
             self._refuse_newer(newer)
-        foreign = [mail for mail in self._unbegun if mail.foreign and not mail.newer]
         if foreign:
             self.settle(
                 [Failure(mail, "foreign", reason="foreign", error_type="Foreign", error=mail.foreign) for mail in foreign]
             )
-        ours = self._unbegun = [mail for mail in self._unbegun if not mail.foreign and not mail.newer]
+        self._unbegun = ours
         answers = each_answered(lambda mails: self._begun(mails, solo=False), ours)
         self._unbegun = []
         started = []
@@ -299,7 +303,7 @@ class Consumer:
         """`outcome`, and whether steps of the mail may stand in Redis: kept now, or in an earlier life of it."""
         mail = started.delivery
         kept = services.kept or started.attempts > 0 or mail.count > 1 or mail.replays > 0
-        return replace(outcome, steps=True) if kept and isinstance(outcome, Done) else outcome
+        return outcome._replace(steps=True) if kept and isinstance(outcome, Done) else outcome
 
     def settle(self, outcomes: Sequence[Outcome]) -> None:
         """Record what became of mails, each by its own verdict. Safe to repeat after an error."""

@@ -16,6 +16,7 @@ from src.common.exceptions import BreakerOpen, Permanent, SkipEmail
 from src.mail.record import Email
 
 MOST_STEPS = 100  # of one mail
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 class Services(Protocol):
@@ -111,8 +112,8 @@ class Context:
 def encoded(value: object, most: int, what: str) -> str:
     """`value` as compact JSON of at most `most` bytes. Raises Permanent: repeating the handler would not change it."""
     try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        size = len(text.encode())
+        text = _JSON.encode(value)
+        size = len(text) if text.isascii() else len(text.encode())
     except (TypeError, ValueError) as error:
         raise Permanent(f"{what} is not JSON: {error}") from error
     if size > most:

@@ -47,7 +47,6 @@ from src.worker.runners import Runners
 log = logging.getLogger(__name__)
 
 FIRST_PORT = 8081
-FAST_HANDLER = 0.010  # seconds: below this a worker reads ahead
 GROUP_COMMIT = 0.005  # seconds that a finished mail waits for others to be settled with it
 
 
@@ -238,12 +237,15 @@ class Worker:
             return []
 
     def _room(self) -> int:
-        """Free slots; while handlers are fast, also what they will have finished before the next read returns."""
+        """Free places of handlers; while handlers are fast, also what they will have finished before the next read returns.
+
+        What waits to be settled takes no handler's place; a batch of it may wait, no more.
+        """
         work, runners = self.settings.work, self.runners
-        most = work.concurrency * (work.batch_size if runners.batches else 1)
-        if runners.seconds < FAST_HANDLER:
-            most = max(most, 3 * work.batch_size)
-        return most - self.consumer.at_work()
+        places = work.concurrency * (work.batch_size if runners.batches else 1)
+        if runners.fast:
+            places = max(places, 2 * work.batch_size)
+        return min(places - runners.busy, places + work.batch_size - self.consumer.at_work())
 
     def _end_if_drained(self) -> None:
         """Nothing is unfinished, nowhere: neither here nor waiting, nor with another worker. What cannot be drained ends it too."""

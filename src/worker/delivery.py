@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from typing import NamedTuple
 
 from src.common.keys import Keys, open_field
 from src.common.redis_client import Fields, RedisClient
@@ -69,8 +70,17 @@ class Delivery:
         return int(replays) if replays.isdigit() else 0
 
 
-@dataclass(frozen=True)
-class Place:
+def sorted_out(mails: Iterable[Delivery]) -> tuple[list[Delivery], list[Delivery], list[Delivery]]:
+    """(those of a newer producer, those that are no mail of ours, the others)."""
+    newer: list[Delivery] = []
+    foreign: list[Delivery] = []
+    ours: list[Delivery] = []
+    for mail in mails:
+        (newer if mail.newer else foreign if mail.foreign else ours).append(mail)
+    return newer, foreign, ours
+
+
+class Place(NamedTuple):
     """Where a mail's id stands once it is done, and under which day it counts while it is not."""
 
     email_id: str

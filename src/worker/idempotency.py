@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from src.common.archive import raw_ref_in
 from src.common.clock import iso
@@ -17,16 +16,14 @@ Verdict = Literal["GO", "SUSPECT", "DUP", "LOST", "POISON"]
 Settled = Literal["OK", "ALREADY", "LOST"]
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
+class Begun(NamedTuple):
     """`attempts`: failed attempts so far."""
 
     verdict: Verdict
     attempts: int
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(NamedTuple):
     """`outcome`: done | skipped. `result`: JSON. `steps`: steps of the mail may be kept (`context.once`): they have an end now."""
 
     delivery: Delivery

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from config.routes import Route
 from config.settings import WorkSettings
@@ -33,6 +33,7 @@ from src.worker.delivery import Delivery
 from src.worker.dlq import Failure
 from src.worker.idempotency import Done
 
+HANDLER_LOG = logging.getLogger("handler")
 TRACEBACK_FRAMES = 20
 
 Outcome = Done | Failure
@@ -50,8 +51,7 @@ class Handler:
     timeout: float
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(NamedTuple):
     """A mail whose handler is to run now. `attempts`: failed ones so far. `alone`: a suspect, to run in a process of its own."""
 
     delivery: Delivery
@@ -278,7 +278,7 @@ def _span(started: Started, email: Email) -> AbstractContextManager[object]:
 def _told(started: Started, services: Services, terms: Terms, deadline: datetime) -> tuple[Email, Context]:
     delivery = started.delivery
     email = Email(delivery.fields, terms.fetch_raw)
-    log = logging.LoggerAdapter(logging.getLogger("handler"), {"correlation_id": delivery.correlation_id})
+    log = logging.LoggerAdapter(HANDLER_LOG, {"correlation_id": delivery.correlation_id})
     context = Context(delivery.email_id, started.attempts + 1, delivery.replays, deadline, log, email, services, terms.result_max)
     return email, context
 

@@ -28,6 +28,7 @@ from src.worker.processor import Handler, Outcome, Started, handle_async, handle
 
 log = logging.getLogger(__name__)
 
+FAST_HANDLER = 0.010  # seconds
 IDLE_SECONDS = 5.0  # a process for suspects that has none ends after so long
 
 Settle = Callable[[Outcome], None]
@@ -73,6 +74,7 @@ class Runners:
         self._turns: dict[int, Turn] = {}
         self._children: set[Child] = set()
         self._ended = False
+        self.busy = 0  # mails that take a handler's place: put here and not handed on, but the one that runs alone
         self._numbers = {handler: number for number, handler in reversed([*enumerate(self.consumer.handlers.all)])}
         self.took = {handler.spec: Histogram(WORK) for handler in self.consumer.handlers.all}
         self.batches = any(handler.kind == "batch" for handler in self.consumer.handlers.all)
@@ -81,9 +83,20 @@ class Runners:
         self.loop = Loop(self)
         self.suspects = Suspects(self)
 
-    def settle(self, outcome: Outcome) -> None:
+    def settle(self, outcome: Outcome, *, alone: bool = False) -> None:
         if not self._ended:
             self.hand_on(outcome)
+        if alone:
+            return
+        with self._lock:
+            self.busy -= 1
+        if not self.fast:  # else the reader goes on when a batch is settled
+            self.consumer.has_room()
+
+    @property
+    def fast(self) -> bool:
+        """Handlers are so fast that it pays to read ahead."""
+        return self.seconds < FAST_HANDLER
 
     def start(self) -> None:
         kinds = {handler.kind for handler in self.consumer.handlers.all}
@@ -96,6 +109,8 @@ class Runners:
 
     def put(self, started: Sequence[Started]) -> None:
         """Mails that are begun, to be handled now."""
+        with self._lock:
+            self.busy += sum(not mail.alone for mail in started)
         batches: dict[Handler, list[Started]] = {}
         for mail in started:
             handler = mail.handler
@@ -310,7 +325,7 @@ class Suspects:
             self._close()
             outcomes = [self.runners.crashed(mail, outcomes)]
         for outcome in outcomes:
-            self.runners.settle(outcome)
+            self.runners.settle(outcome, alone=True)
 
     def _close(self) -> None:
         if self._child is not None:
