@@ -13,14 +13,14 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec  # type: ignore[import-untyped]
@@ -38,8 +38,20 @@ ASIDE = "tmp"  # where files are written before they have their name
 _REF = re.compile(r"sha256:([0-9a-f]{64})")
 _REF_IN_RECORD = re.compile(r'"raw_ref":\s*"(sha256:[0-9a-f]{64})"')  # within a JSON text the quotes would be escaped
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRITERS = 8
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A file on its way to its name. `aside`: where it stands until then, "" if it does not stand anywhere yet."""
+
+    path: str
+    data: bytes
+    aside: str = ""
 
 
 class Store(Protocol):
@@ -54,8 +66,16 @@ class Store(Protocol):
         """Whether this place ever was an archive."""
         ...
 
-    def write(self, path: str, data: bytes) -> None:
-        """Whole when it returns, or not there at all; durable once its name is settled."""
+    def lay(self, path: str, data: bytes) -> Laid:
+        """Begin to write a file: it is nobody's yet."""
+        ...
+
+    def keep(self, laid: Sequence[Laid]) -> None:
+        """Each is whole under its name when this returns, whole or not there at all where it raises; durable once the name is settled."""
+        ...
+
+    def forget(self, laid: Sequence[Laid]) -> None:
+        """Remove what was not kept."""
         ...
 
     def settle(self, path: str) -> None:
@@ -89,13 +109,32 @@ class Archive:
         return self.put_all([raw])[0]
 
     def put_all(self, raws: Sequence[bytes]) -> list[str]:
-        """`put` for many mails, several at a time: a disk syncs eight files in little more time than one. Raises ArchiveUnavailable."""
-        raw_refs = [ref_of(raw) for raw in raws]
-        paths = [_path(raw_ref) for raw_ref in raw_refs]
-        with self._reaching("kept"), ThreadPoolExecutor(WRITERS) as pool:
-            list(pool.map(self.store.write, paths, raws))
-            list(pool.map(self.store.settle, {path.rpartition("/")[0]: path for path in paths}.values()))
-        return raw_refs
+        """`put` for many mails, which together cost little more than one. Raises ArchiveUnavailable."""
+        with self.laying(raws) as laid:
+            return self.keep(laid)
+
+    @contextmanager
+    def laying(self, raws: Sequence[bytes]) -> Iterator[list[Laid]]:
+        """Mails that the disk may write already, but which are nobody's until `keep`; what is not kept at the end is removed.
+
+        Raises ArchiveUnavailable.
+        """
+        laid: list[Laid] = []
+        try:
+            with self._reaching("kept"):
+                for raw in raws:
+                    laid.append(self.store.lay(_path(ref_of(raw)), raw))
+            yield laid
+        finally:
+            with suppress(OSError):
+                self.store.forget(laid)
+
+    def keep(self, laid: Sequence[Laid]) -> list[str]:
+        """The references of mails that are kept from now on. Raises ArchiveUnavailable."""
+        with self._reaching("kept"):
+            self.store.keep(laid)
+            at_once(self.store.settle, {_folder(file.path): file.path for file in laid}.values())
+        return [_ref(file.path) for file in laid]
 
     def get(self, raw_ref: str) -> bytes:
         """The mail of a reference, verified.
@@ -146,9 +185,8 @@ class Archive:
         """(reference, raw mail) of everything that is kept, as it stands there. Raises ArchiveUnavailable."""
         with self._reaching("read"):
             for path, _ in self.store.files() if self.store.begun() else ():
-                digest = path.rpartition("/")[2]
-                if _DIGEST.fullmatch(digest) and (raw := self.store.read(path)) is not None:
-                    yield f"sha256:{digest}", raw
+                if _REF.fullmatch(_ref(path)) and (raw := self.store.read(path)) is not None:
+                    yield _ref(path), raw
 
     def remove(self, raw_ref: str, now: datetime) -> bool:
         """Remove a mail at once; whether it is gone. One that somebody keeps anew since `now` stays. Raises ArchiveUnavailable."""
@@ -173,6 +211,12 @@ class Archive:
             ) from error
 
 
+def at_once(call: Callable[[Item], object], items: Collection[Item]) -> None:
+    """`call` for each of the items, several at a time: a disk syncs eight files in little more time than one."""
+    with ThreadPoolExecutor(max(1, min(len(items), WRITERS))) as pool:
+        list(pool.map(call, items))
+
+
 def ref_of(raw: bytes) -> str:
     """The reference of a mail: `sha256:<hex>`."""
     return f"sha256:{hashlib.sha256(raw).hexdigest()}"
@@ -188,6 +232,14 @@ def raw_ref_in(record: str) -> str:
 def _path(raw_ref: str) -> str:
     digest = raw_ref.removeprefix("sha256:")
     return f"{digest[0]}/{digest}"  # 16 folders: a batch of mails syncs each of them once
+
+
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _ref(path: str) -> str:
+    return f"sha256:{path.rpartition('/')[2]}"
 
 
 def references(redis: RedisClient, keys: Keys) -> set[str]:
@@ -252,24 +304,36 @@ class Folder:
             return False
         return True
 
-    def write(self, path: str, data: bytes) -> None:
-        aside, target = f"{self.root}/{ASIDE}/{secrets.token_hex(8)}", f"{self.root}/{path}"
+    def lay(self, path: str, data: bytes) -> Laid:
+        aside = f"{self.root}/{ASIDE}/{secrets.token_hex(8)}"
         try:
-            handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            handle = os.open(aside, _NEW, 0o600)
         except FileNotFoundError:
             self.root.parent.mkdir(parents=True, exist_ok=True)
             _make(self.root)
             _make(self.root / ASIDE)
-            handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            handle = os.open(aside, _NEW, 0o600)
+        laid = Laid(path, data, aside)
         try:
-            with open(handle, "wb") as file:  # noqa: PTH123  # a handle, not a path
-                file.write(data)
-                file.flush()
-                os.fsync(handle)
-            with self._lock(fcntl.LOCK_SH):
-                self._name(aside, target)
+            _write(handle, data)
+        except OSError:
+            self.forget([laid])
+            raise
         finally:
-            Path(aside).unlink(missing_ok=True)
+            os.close(handle)
+        return laid
+
+    def keep(self, laid: Sequence[Laid]) -> None:
+        """All are synced, then all are named: a journal is committed a few times and not once for each."""
+        at_once(_sync, [file.aside for file in laid])
+        with self._lock(fcntl.LOCK_SH):
+            for file in laid:
+                self._name(file.aside, f"{self.root}/{file.path}")
+
+    def forget(self, laid: Sequence[Laid]) -> None:
+        for file in laid:
+            with suppress(FileNotFoundError):
+                os.unlink(file.aside)  # noqa: PTH108  # as in `_name`
 
     def _name(self, aside: str, target: str) -> None:
         try:
@@ -280,7 +344,7 @@ class Folder:
 
     def settle(self, path: str) -> None:
         """fsync of the folder."""
-        _sync((self.root / path).parent)
+        _sync(f"{self.root}/{_folder(path)}")
 
     def read(self, path: str) -> bytes | None:
         try:
@@ -317,16 +381,25 @@ class Folder:
             os.close(handle)
 
 
+def _write(handle: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]  # a disk that is nearly full takes a part
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)  # Linux begins to write it to the disk
+
+
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
         return
-    _sync(folder.parent)
+    _sync(str(folder.parent))
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: str) -> None:
+    """fsync of a file or a folder. It also tells of what went wrong since the file was written, whoever had it open (Linux 4.17)."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -359,24 +432,30 @@ class Bucket:
             system.invalidate_cache()
             return bool(system.exists(f"{root}/{MARK}"))
 
-    def write(self, path: str, data: bytes) -> None:
+    def lay(self, path: str, data: bytes) -> Laid:
+        return Laid(path, data)
+
+    def keep(self, laid: Sequence[Laid]) -> None:
         with _foreign():
-            self._put(path, data)
+            at_once(self._put, laid)
         if not self.begun():
             with _foreign():
-                self._put(MARK, b"")
+                self._put(Laid(MARK, b""))
+
+    def forget(self, laid: Sequence[Laid]) -> None:
+        """Nothing was written."""
 
     def settle(self, path: str) -> None:
-        """Nothing to do: `write` returned when the backend had it."""
+        """Nothing to do: `keep` returned when the backend had it."""
 
-    def _put(self, path: str, data: bytes) -> None:
+    def _put(self, file: Laid) -> None:
         system, root = self._at
-        target = f"{root}/{path}"
+        target = f"{root}/{file.path}"
         try:
-            system.pipe_file(target, data)
+            system.pipe_file(target, file.data)
         except FileNotFoundError:  # where folders exist they have to be made first; object stores have none
             system.makedirs(target.rpartition("/")[0], exist_ok=True)
-            system.pipe_file(target, data)
+            system.pipe_file(target, file.data)
 
     def read(self, path: str) -> bytes | None:
         try:
@@ -407,7 +486,7 @@ class Bucket:
         """Written anew: object stores cannot set a time."""
         data = self.read(path)
         if data is not None:
-            self.write(path, data)
+            self.keep([self.lay(path, data)])
 
     def remove_older(self, path: str, moment: float) -> bool:
         with suppress(FileNotFoundError):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Literal, Protocol
 
 from config.settings import Settings
 from src.common import tracing
-from src.common.archive import Archive
+from src.common.archive import Archive, Laid
 from src.common.batch import split
 from src.common.clock import Clock, iso
 from src.common.correlation import correlated, traceparent_of
@@ -455,19 +454,29 @@ class Reader:
         had = set(bodies) | {meta.uid for meta, _ in wanted if meta.uid not in whole}
         ready, withheld = plan.prefix([meta.uid for meta, _ in wanted], had)
         kept = [uid for uid in ready if uid in bodies]
-        with ThreadPoolExecutor(1, "archive") as beside:
-            archived = beside.submit(self._archived, [bodies[uid] for uid in kept])  # the disk syncs while the mails are parsed
+        raws = [bodies[uid] for uid in kept]
+        with self._laying(raws) as laid:  # the disk writes while the mails are parsed
             parsed = [
                 self._parsed(session, meta, identity, bodies.get(meta.uid), began) for meta, identity in wanted[: len(ready)]
             ]
-            raw_refs = dict(zip(kept, archived.result(), strict=True))
+            raw_refs = dict(zip(kept, self._archived(raws, laid), strict=True))
         mails = []
         for envelope, record in parsed:
             whole_record = replace(record, raw_ref=raw_refs.get(envelope.uid, ""))
             mails.append(Mail(envelope.uid, to_fields(envelope, whole_record), envelope.traceparent))
         return mails, withheld
 
-    def _archived(self, raws: Sequence[bytes]) -> list[str]:
+    @contextmanager
+    def _laying(self, raws: Sequence[bytes]) -> Iterator[list[Laid] | None]:
+        """See `Archive.laying`; None where there is no archive or it cannot be had now."""
+        with ExitStack() as stack:
+            laid = None
+            if self.archive:
+                with suppress(ArchiveUnavailable):
+                    laid = stack.enter_context(self.archive.laying(raws))
+            yield laid
+
+    def _archived(self, raws: Sequence[bytes], laid: list[Laid] | None) -> list[str]:
         """The references of raw mails, kept before anything is published; waits while the archive is full or away."""
         if self.archive is None:
             return [""] * len(raws)
@@ -475,8 +484,9 @@ class Reader:
         while True:
             self.pulse.turn()
             try:
-                raw_refs = self.archive.put_all(raws)
+                raw_refs = self.archive.put_all(raws) if laid is None else self.archive.keep(laid)
             except ArchiveUnavailable as error:
+                laid = None
                 self.paused, self.only_old = str(error), False
                 if not said:
                     said = True

@@ -90,6 +90,7 @@ class Worker:
         self.consumer.alone_ready = lambda: not shutdown.requested and self.runners.suspects.ready()
         self.stopped = threading.Event()
         self.joined = False
+        self._said_what_is_left = False
         self.began = clock.monotonic()
         self.redis_breaker = redis.breaker = Breakers(rules_of(settings.breakers), clock.monotonic, random.random).get(
             "Redis", counts=is_away, open_cap=REDIS_OPEN_SECONDS
@@ -251,8 +252,18 @@ class Worker:
         """Nothing is unfinished, nowhere: neither here nor waiting, nor with another worker. What cannot be drained ends it too."""
         if self.consumer.blocked and not self.consumer.blocked.startswith("every breaker"):
             self.shutdown.request(f"cannot drain the stream: {self.consumer.blocked}", exit_code=1)
-        elif self.consumer.in_flight() == 0 and self.seat.redis.length(self.seat.keys.stream) == 0:
-            self.shutdown.request("the stream is drained")
+        elif self.consumer.in_flight() == 0:
+            left = self.seat.redis.length(self.seat.keys.stream)
+            if left == 0:
+                self.shutdown.request("the stream is drained")
+            elif not self._said_what_is_left:
+                self._said_what_is_left = True
+                log.info(
+                    "nothing to do here now, %d unfinished: with other workers (one that died holds its mail for LEASE_SECONDS, %g s), or "
+                    "waiting for their next attempt",
+                    left,
+                    self.settings.work.lease,
+                )
 
     def _look_for_late(self) -> None:
         every = self.settings.work.recovery_tick

@@ -295,7 +295,7 @@ class KeptAfterwards:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         publish, waiting = Reader._publish, list[bytes]()
 
-        def archived(reader: Reader, raws: Sequence[bytes]) -> list[str]:
+        def archived(reader: Reader, raws: Sequence[bytes], laid: object) -> list[str]:
             waiting[:] = raws
             return list(map(ref_of, raws))
 

@@ -104,9 +104,10 @@ def test_dry_run_without_a_redis_starts_none(tmp_path: Path) -> None:
 
 
 def test_drain_works_until_nothing_is_left(pipeline: Pipeline) -> None:
-    """Retries are waited for; the exit code is 0 and the stream empty."""
+    """Retries are waited for, which is said; the exit code is 0 and the stream empty."""
     published(pipeline, *(f"fail {number % 3}" for number in range(30)), "permanent")
     output = finished(pipeline.worker("--drain"))
+    assert "waiting for their next attempt" in output
     assert "stopping: the stream is drained" in output
     pipeline.assert_accounted(dead={pipeline.delivered[-1]: "permanent"})
 

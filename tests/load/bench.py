@@ -11,6 +11,7 @@ turns, and of both the best of the rounds counts. The mailbox is that of tests/l
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -165,25 +166,35 @@ def drain_part(bench: Bench) -> Rows:
 
 
 def intake_part(bench: Bench) -> Rows:
-    dovecot, count = bench.dovecot, bench.sizes.mailbox
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _intake_rows(bench, Path(folder))
+
+
+def _intake_rows(bench: Bench, folder: Path) -> Rows:
+    """`folder`: for all that is written; nothing is removed before the end, see `intake`."""
+    dovecot, count, numbers = bench.dovecot, bench.sizes.mailbox, itertools.count()
+
+    def fresh() -> Path:
+        path = folder / str(next(numbers))
+        path.mkdir()
+        return path
 
     def plain() -> Intake:
-        return intake(source(dovecot, ACCOUNT), ACCOUNT, count)
+        return intake(source(dovecot, ACCOUNT), ACCOUNT, count, fresh())
 
     def tls() -> Intake:
-        return intake(source(dovecot, ACCOUNT, tls=True), ACCOUNT, count)
+        return intake(source(dovecot, ACCOUNT, tls=True), ACCOUNT, count, fresh())
 
     def far() -> Intake:
         with DelayLine(dovecot.imap_port, ROUND_TRIP / 2) as line:
-            return intake(source(dovecot, ACCOUNT, port=line.port), ACCOUNT, count)
+            return intake(source(dovecot, ACCOUNT, port=line.port), ACCOUNT, count, fresh())
 
     def thin(ca_file: Path | None = None) -> float:
         port = dovecot.imaps_port if ca_file else dovecot.imap_port
         return limits.drain_imap(port, ACCOUNT, dovecot.PASSWORD, count, ca_file)
 
     def pulled_by_mbsync() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            return peers.mbsync(dovecot, ACCOUNT, count, Path(folder))
+        return peers.mbsync(dovecot, ACCOUNT, count, fresh())
 
     calls = [plain, thin, tls, lambda: thin(dovecot.ca_file), far, *([pulled_by_mbsync] if bench.peers else [])]
     plains, thins, over_tls, thins_over_tls, fars, *mbsyncs = bench.turns(*calls)
@@ -196,8 +207,7 @@ def intake_part(bench: Bench) -> Rows:
         few = f"few-{ACCOUNT}"
         for raw in mails(bench.sizes.far):
             dovecot.deliver(few, raw)
-        with tempfile.TemporaryDirectory() as folder:
-            slow = peers.getmail(dovecot, few, bench.sizes.far, Path(folder))
+        slow = peers.getmail(dovecot, few, bench.sizes.far, fresh())
         yield Row("intake", "one producer", one.rate, "mails/s", 15, "getmail6", slow)
     yield Row("intake", "one producer", one.rate, "mails/s", None, "thin reader", max(thins), note=note)
     yield Row("intake", "over TLS", best(over_tls).rate, "mails/s", 0.4, "thin reader over TLS", max(thins_over_tls))

@@ -166,13 +166,17 @@ class Intake:
     growth: float
 
 
-def intake(settings: Mapping[str, str], account: str, count: int) -> Intake:
-    """One producer reads `count` mails into an empty Valkey with an append-only file, raw mail archived; its start is left out."""
-    with tempfile.TemporaryDirectory() as folder, RedisServer("valkey", appendonly=True) as server:
+def intake(settings: Mapping[str, str], account: str, count: int, folder: Path) -> Intake:
+    """One producer reads `count` mails into an empty Valkey with an append-only file; its start is left out.
+
+    `folder`: new, for the raw mail; the caller removes it when nothing is measured (ext4 makes new files slowly for a minute after
+    thousands were removed).
+    """
+    with RedisServer("valkey", appendonly=True) as server:
         client = server.client()
         last_uid = KEYS.mailbox(account, "INBOX").last_uid
         seen: list[tuple[int, float]] = []  # (mails, MB)
-        with Daemon("producer.py", env={"REDIS_URL": server.tcp_url, **settings}, tmp=Path(folder)) as producer:
+        with Daemon("producer.py", env={"REDIS_URL": server.tcp_url, **settings}, tmp=folder) as producer:
             until(lambda: client.xlen(KEYS.stream) > 0, 120, "the first mails are in the stream")
             first, cpu, began = client.xlen(KEYS.stream), cpu_seconds(producer.pid), time.perf_counter()
 

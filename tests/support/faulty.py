@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import date
 from enum import Enum
+from functools import partial
 from typing import Any, NoReturn, Self, TypeVar
 
 import redis
 
-from src.common.archive import Store
+from src.common.archive import Laid, Store
 from src.common.exceptions import ImapUnavailable
 from src.common.redis_client import Arg, Transport
 from src.imap.imap_client import Folder, ImapMailbox, Meta
@@ -197,8 +198,17 @@ class FaultyStore:
     def place(self) -> str:
         return self._real.place
 
-    def write(self, path: str, data: bytes) -> None:
-        self._ask("write", lambda: self._real.write(path, data))
+    def lay(self, path: str, data: bytes) -> Laid:
+        laid: Laid = self._ask("lay", lambda: self._real.lay(path, data))
+        return laid
+
+    def keep(self, laid: Sequence[Laid]) -> None:
+        for file in laid:
+            self._ask("keep", partial(self._real.keep, [file]))
+
+    def forget(self, laid: Sequence[Laid]) -> None:
+        if not self._process.dead:
+            self._real.forget(laid)
 
     def settle(self, path: str) -> None:
         self._ask("settle", lambda: self._real.settle(path))

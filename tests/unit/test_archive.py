@@ -98,6 +98,28 @@ def test_a_mail_is_kept_once(archive: Archive) -> None:
     assert [path for path, _ in archive.store.files()] == [path_of(ref_of(MAIL))]
 
 
+def test_a_mail_that_is_laid_is_nobodys_until_it_is_kept(archive: Archive) -> None:
+    """It cannot be read before, and what was not kept is gone afterwards."""
+    archive.put(b"so that it is an archive")
+    other = MAIL + b"other"
+    with archive.laying([MAIL, other]) as laid:
+        with pytest.raises(ArchiveMissing):
+            archive.get(ref_of(MAIL))
+        assert archive.keep(laid[:1]) == [ref_of(MAIL)]
+    assert archive.get(ref_of(MAIL)) == MAIL
+    with pytest.raises(ArchiveMissing):
+        archive.get(ref_of(other))
+    assert len(list(archive.store.files())) == 2
+
+
+def test_an_error_while_mails_are_laid_leaves_nothing(folder: Archive, root: Path) -> None:
+    """Neither under their names nor aside."""
+    with pytest.raises(ZeroDivisionError), folder.laying([MAIL, b"other"]) as laid:
+        assert len(files_below(root)) == len(laid) == 2
+        raise ZeroDivisionError
+    assert files_below(root) == set()
+
+
 def test_the_files_are_the_owners_alone_and_named_by_their_hash(folder: Archive, root: Path) -> None:
     """0600 and 0700 whatever the umask; `sha256sum` of a file is its name."""
     before = os.umask(0)
