@@ -36,7 +36,8 @@ from src.common.shutdown import Shutdown
 from src.common.timing import ROUND_TRIP, WORK, Histogram, Stopwatch
 from src.common.watch import NOT_ASKED, Limits, Watch, check_policy
 from src.common.watchdog import Watchdog
-from src.imap.imap_client import ImapEndpoint, ImapMailbox
+from src.imap.connection import ImapEndpoint
+from src.imap.imap_client import ImapMailbox
 from src.monitoring import endpoint, metrics, page
 from src.monitoring.metrics import Metrics
 from src.monitoring.page_look import Onlooker

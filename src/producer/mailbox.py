@@ -33,7 +33,7 @@ from src.common.health import Beats
 from src.common.retry import retry_on_imap_error, retry_on_oauth_error
 from src.common.shutdown import Shutdown
 from src.common.timing import NO_STOPWATCH, Stopwatch
-from src.imap.imap_client import session_over
+from src.imap.connection import session_over
 from src.producer.plan import State
 from src.producer.progress import Progress
 from src.producer.pulse import Pulse

@@ -311,8 +311,12 @@ class Consumer:
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         verdicts = each_answered(self._complete, done)
         self._time_done(done, verdicts)
-        for finished, verdict in zip(done, verdicts, strict=True):
-            self._log_done(finished, verdict)
+        well = sum(verdict in ("OK", "ALREADY") for verdict in verdicts)
+        self.counts["done"] += well
+        self._deaths.extend([""] * well)
+        if well < len(done):
+            for finished, verdict in zip(done, verdicts, strict=True):
+                self._log_not_done(finished, verdict)
         self._drop([finished.delivery for finished in done])
         for failure, answer in zip(failures, each_answered(self._fail, failures), strict=True):
             self._log_failed(failure, answer)
@@ -331,17 +335,14 @@ class Consumer:
     def _fail(self, failures: Sequence[Failure]) -> list[Failed]:
         return dlq.fail(self.seat, failures, now=self.clock.wall())
 
-    def _log_done(self, done: Done, verdict: idempotency.Settled | ScriptRefused) -> None:
+    def _log_not_done(self, done: Done, verdict: idempotency.Settled | ScriptRefused) -> None:
         email_id = done.delivery.email_id
-        if verdict in ("OK", "ALREADY"):
-            self.counts["done"] += 1
-            self._deaths.append("")
-        elif verdict == "LOST":
+        if verdict == "LOST":
             self.counts["lost"] += 1
             log.warning(
                 "%s was finished after its lease had run out: another worker has it, its effect may be repeated", email_id
             )
-        else:
+        elif isinstance(verdict, ScriptRefused):
             self.counts["refused"] += 1
             log.error("Redis refuses to complete %s: %s. It is tried again after its lease.", email_id, verdict)
 

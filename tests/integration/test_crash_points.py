@@ -24,7 +24,8 @@ import pytest
 from src.common.archive import ref_of
 from src.common.exceptions import ArchiveMissing, ArchiveUnavailable
 from src.common.redis_client import RedisClient
-from src.imap.imap_client import ImapEndpoint, ImapMailbox
+from src.imap.connection import ImapEndpoint
+from src.imap.imap_client import ImapMailbox
 from src.mail.record import gmail_email_id
 from src.producer.plan import State
 from src.producer.reader import Reader

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from src.common.redis_client import RedisClient
-from src.imap.imap_client import ImapEndpoint, ImapMailbox
+from src.imap.connection import ImapEndpoint
+from src.imap.imap_client import ImapMailbox
 from src.producer.state_manager import StateManager
 from src.sandbox.server import Sandbox
 from tests.support.faulty import Process, Trips

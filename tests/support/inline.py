@@ -27,7 +27,8 @@ from src.common.keys import Keys
 from src.common.redis_client import RedisClient, Transport
 from src.common.retry import retry_on_redis_error
 from src.common.shutdown import Shutdown
-from src.imap.imap_client import ImapEndpoint, ImapMailbox
+from src.imap.connection import ImapEndpoint
+from src.imap.imap_client import ImapMailbox
 from src.mail.record import Email
 from src.producer.mailbox import Mailbox, is_down
 from src.producer.reader import Session

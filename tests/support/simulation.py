@@ -29,7 +29,8 @@ from src.common.exceptions import Permanent, Transient
 from src.common.keys import Keys
 from src.common.redis_client import Arg, RedisClient, Transport
 from src.common.scripts import LUA
-from src.imap.imap_client import ImapEndpoint, ImapMailbox
+from src.imap.connection import ImapEndpoint
+from src.imap.imap_client import ImapMailbox
 from src.mail.record import Email, gmail_email_id
 from src.producer.repair import recount
 from src.sandbox.server import Sandbox

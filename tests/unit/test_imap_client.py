@@ -22,7 +22,8 @@ import pytest
 
 from src.auth.oauth2_gmail import TokenSource
 from src.common.exceptions import ConfigurationError, ImapThrottled, ImapUnavailable, LoginRefused, MailboxMissing, ReauthRequired
-from src.imap.imap_client import Folder, ImapEndpoint, ImapMailbox, Listed, Meta, list_mailboxes, session_over, throttled, xoauth2
+from src.imap.connection import ImapEndpoint, session_over, throttled, xoauth2
+from src.imap.imap_client import Folder, ImapMailbox, Listed, Meta, list_mailboxes
 from src.sandbox.server import Sandbox
 from tests.support.servers import Dovecot, have_dovecot, need
 from tests.support.wait import until

@@ -12,7 +12,8 @@ import pytest
 from src.auth.service_account import ServiceAccountSource
 from src.common.clock import SYSTEM, Clock
 from src.common.exceptions import ConfigurationError, ReauthRequired, TokenEndpointUnavailable
-from src.imap.imap_client import ImapEndpoint, ImapMailbox
+from src.imap.connection import ImapEndpoint
+from src.imap.imap_client import ImapMailbox
 from src.sandbox import service_account
 from src.sandbox.server import Sandbox
 

@@ -125,6 +125,7 @@ def getmail(dovecot: Dovecot, account: str, count: int, folder: Path) -> float:
     as_user = ""
     if os.geteuid() == 0:  # getmail delivers as root to nobody
         as_user = "user = mail\n"
+        folder.parent.chmod(0o755)
         folder.chmod(0o755)
         for place in (folder / "box", *(folder / "box").iterdir()):
             shutil.chown(place, "mail", "mail")
