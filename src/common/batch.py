@@ -58,6 +58,15 @@ class Batcher(Generic[Item]):
         """What was put before is still handed on; then `run` returns."""
         self._queue.put(CLOSED)
 
+    def _next(self, ends: float | None) -> Item | object:
+        """What comes next, until then. Raises queue.Empty."""
+        if ends is None:
+            return self._queue.get()
+        try:
+            return self._queue.get_nowait()  # no look at the clock where items come fast
+        except queue.Empty:
+            return self._queue.get(timeout=max(0.0, ends - time.monotonic()))
+
     def run(self) -> None:
         """The body of the one thread that flushes."""
         closed = False
@@ -66,7 +75,7 @@ class Batcher(Generic[Item]):
             ends = None
             while len(group) < self._most:
                 try:
-                    item = self._queue.get(timeout=None if ends is None else max(0.0, ends - time.monotonic()))
+                    item = self._next(ends)
                 except queue.Empty:
                     break
                 if item is CLOSED:

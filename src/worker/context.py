@@ -40,9 +40,9 @@ class Services(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: made for each mail, which would take three times as long
 class Context:
-    """What a handler is told beside the mail.
+    """What a handler is told beside the mail. To be read only.
 
     idempotency_key: stable for this mail, whoever delivers it how often: hand it to outside systems. attempt: from 1.
     replays: how often the mail came back from the dead letters or was reprocessed. deadline: when HANDLER_TIMEOUT ends this attempt

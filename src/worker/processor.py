@@ -287,7 +287,7 @@ def done(started: Started, result: object, terms: Terms) -> Done:
     """A handler returned `result`. Raises Permanent where that cannot be kept: repeating the handler would not change it."""
     if result is not None and not isinstance(result, dict):
         raise Permanent(f"the handler returned {type(result).__name__}; it returns a dict or None")
-    text = encoded(result or {}, terms.result_max, "the handler's result")
+    text = encoded(result, terms.result_max, "the handler's result") if result else "{}"
     return Done(started.delivery, "done", text, started.handler.spec)
 
 

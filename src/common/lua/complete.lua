@@ -11,7 +11,7 @@ local STEP, mails, ids = 16, {}, {}
 local DAY = 86400
 for i = 6, #ARGV, STEP do
   local mail = {sid = ARGV[i], count = ARGV[i + 1], id = ARGV[i + 2], member = ARGV[i + 3], set = tonumber(ARGV[i + 4]), open = ARGV[i + 5],
-                rest = i + 6}
+                rest = i + 6, steps = tonumber(ARGV[i + 15])}
   mails[#mails + 1] = mail
   ids[#ids + 1] = mail.sid
 end
@@ -27,8 +27,8 @@ for i, mail in ipairs(mails) do
     members[mail.set] = members[mail.set] or {}
     table.insert(members[mail.set], mail.member)
     open[mail.open] = (open[mail.open] or 0) + 1
-    local outcome, result, handler, mailbox, uid, internal_date, from, raw_ref, correlation_id, steps = unpack(ARGV, mail.rest, mail.rest + 9)
-    if steps ~= '0' then redis.call('EXPIRE', KEYS[tonumber(steps)], DAY) end
+    local outcome, result, handler, mailbox, uid, internal_date, from, raw_ref, correlation_id = unpack(ARGV, mail.rest, mail.rest + 8)
+    if mail.steps > 0 then redis.call('EXPIRE', KEYS[mail.steps], DAY) end
     redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[4], '*', 'email_id', mail.id, 'outcome', outcome, 'result', result,
       'handler', handler, 'mailbox', mailbox, 'uid', uid, 'internal_date', internal_date, 'from', from,
       'raw_ref', raw_ref, 'correlation_id', correlation_id)
