@@ -269,11 +269,11 @@ def _translated(send: Callable[[], Any]) -> Any:
         raise translated(error) from error
 
 
-def pairs(reply: Sequence[str] | Mapping[str, str]) -> Fields:
+def pairs(reply: list[str] | tuple[()] | Mapping[str, str]) -> Fields:
     """RESP2's flat [name, value, name, value] as a dict."""
-    if isinstance(reply, Mapping):
-        return dict(reply)
-    return dict(zip(reply[::2], reply[1::2], strict=True))
+    if isinstance(reply, list):
+        return dict(zip(reply[::2], reply[1::2], strict=True))
+    return dict(reply)
 
 
 def _entries(reply: Sequence[Any]) -> list[tuple[str, Fields]]:

@@ -205,7 +205,7 @@ class Consumer:
     def _drop(self, mails: Sequence[Delivery]) -> None:
         with self.settled:
             for mail in mails:
-                if self._alone == (mail.stream_id, mail.count):
+                if self._alone and self._alone == (mail.stream_id, mail.count):
                     self._alone = None
                 held = self._in_flight.get(mail.stream_id)
                 if held is None or held.count != mail.count:
@@ -226,10 +226,10 @@ class Consumer:
         self._unbegun = []
         started = []
         for mail, answer in zip(ours, answers, strict=True):
-            if isinstance(answer, Begun) and answer.verdict == "SUSPECT":
-                self._suspects.append(mail)
-            elif isinstance(answer, Begun) and answer.verdict == "GO":
+            if isinstance(answer, Begun) and answer.verdict == "GO":
                 started.append(Started(mail, answer.attempts, self.handlers.of(mail.fields)))
+            elif isinstance(answer, Begun) and answer.verdict == "SUSPECT":
+                self._suspects.append(mail)
             else:
                 self._not_started(mail, answer)
         duplicates = sum(1 for answer in answers if isinstance(answer, Begun) and answer.verdict == "DUP")

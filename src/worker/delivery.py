@@ -54,7 +54,7 @@ class Delivery:
     def newer(self) -> bool:
         """Written by a producer of a later major schema than this worker knows."""
         schema = self.fields.get("schema", "")
-        return schema.isdigit() and int(schema) > int(SCHEMA)
+        return schema != SCHEMA and schema.isdigit() and int(schema) > int(SCHEMA)
 
     @cached_property
     def email_id(self) -> str:

@@ -57,19 +57,11 @@ def complete(seat: Seat, done: Sequence[Done], *, processed_days: float, results
     keys = seat.keys
     script_keys = [keys.stream, keys.index, keys.starts, keys.tries, keys.results, keys.open, *sets]
     args: list[str | int] = [seat.group, seat.consumer, round(processed_days * 86_400), results_max, round(results_days * 86_400)]
-    for mail, place in zip(done, places, strict=True):
-        args += [
-            mail.delivery.stream_id,
-            mail.delivery.count,
-            place.email_id,
-            place.member,
-            number[place.processed],
-            place.open_field,
-        ]
-        fields = mail.delivery.fields
-        args += [mail.outcome, mail.result, mail.handler, fields["mailbox"], fields.get("uid", ""), fields["internal_date"]]
-        if mail.steps:
+    for (delivery, outcome, result, handler, steps), place in zip(done, places, strict=True):
+        fields = delivery.fields
+        args += [delivery.stream_id, delivery.count, place.email_id, place.member, number[place.processed], place.open_field]
+        args += [outcome, result, handler, fields["mailbox"], fields.get("uid", ""), fields["internal_date"]]
+        if steps:
             script_keys.append(keys.steps(place.email_id))
-        args += [fields.get("from", ""), raw_ref_in(fields["record"]), mail.delivery.correlation_id]
-        args.append(len(script_keys) if mail.steps else 0)
+        args += [fields.get("from", ""), raw_ref_in(fields["record"]), delivery.correlation_id, len(script_keys) if steps else 0]
     return list(seat.redis.run("complete", script_keys, args))

@@ -13,7 +13,7 @@ from src.worker.context import MOST_STEPS
 from src.worker.delivery import Delivery, Seat
 
 
-@dataclass
+@dataclass(slots=True)
 class LocalServices:
     """Services (`src.worker.context`) of one delivery, in the worker's own process.
 

@@ -367,6 +367,7 @@ instance_name = test
 log_path = {here}/log
 protocols = imap
 listen = 127.0.0.1
+default_vsz_limit = 1 G  # 256 MB is not enough for a folder of a million
 {self._users()}
 first_valid_uid = 1
 first_valid_gid = 1
