@@ -132,7 +132,11 @@ class Archive:
     def keep(self, laid: Sequence[Laid]) -> list[str]:
         """The references of mails that are kept from now on. Raises ArchiveUnavailable."""
         with self._reaching("kept"):
-            self.store.keep(laid)
+            try:
+                self.store.keep(laid)
+            except OSError:
+                self.store.forget(laid)  # the next try needs its room
+                raise
             at_once(self.store.settle, {_folder(file.path): file.path for file in laid}.values())
         return [_ref(file.path) for file in laid]
 

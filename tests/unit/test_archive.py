@@ -120,6 +120,17 @@ def test_an_error_while_mails_are_laid_leaves_nothing(folder: Archive, root: Pat
     assert files_below(root) == set()
 
 
+def test_mail_that_cannot_be_kept_takes_no_room(folder: Archive, root: Path) -> None:
+    """What was laid is removed at once, not when its caller gives up: a full disk has its room again for the next try."""
+    folder.put(b"so that it is an archive")
+    (root / path_of(ref_of(MAIL))).parent.write_text("in the way")
+    with folder.laying([MAIL]) as laid:
+        assert list((root / "tmp").iterdir())
+        with pytest.raises(ArchiveUnavailable):
+            folder.keep(laid)
+        assert not list((root / "tmp").iterdir())
+
+
 def test_the_files_are_the_owners_alone_and_named_by_their_hash(folder: Archive, root: Path) -> None:
     """0600 and 0700 whatever the umask; `sha256sum` of a file is its name."""
     before = os.umask(0)
