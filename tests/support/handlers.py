@@ -122,7 +122,9 @@ def read_journal(journal: Path) -> list[Line]:
     """All that was noted so far, in order."""
     if not journal.exists():
         return []
-    rows = [row.split("\t") for row in journal.read_text().splitlines()]
+    text = journal.read_text()
+    whole = text[: text.rfind("\n") + 1]  # a line that crosses a page may be seen when half of it is written
+    rows = [row.split("\t") for row in whole.splitlines()]
     return [Line(event, email_id, int(attempt), int(pid)) for event, email_id, attempt, pid in rows]
 
 
