@@ -39,7 +39,7 @@ else
   [ ${#all[@]} -eq 0 ] || covered=(--cov=src --cov-report=term --cov-fail-under=90)
   .venv/bin/python -m pytest -n 3 --dist worksteal ${covered[@]+"${covered[@]}"} || failed+=(tests)
   if [ ${#all[@]} -gt 0 ]; then
-    .venv/bin/python -m pytest --all -m full -n 3 --dist worksteal || failed+=("long tests")
+    .venv/bin/python -m pytest --all -m full -n 2 --dist worksteal || failed+=("long tests")
   fi
 fi
 
