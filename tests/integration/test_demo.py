@@ -55,6 +55,7 @@ def test_the_demo_accounts_for_every_mail(home: Path) -> None:
         demo.kill()
 
 
+@pytest.mark.full
 def test_the_demo_fails_when_the_ledger_knows_a_mail_that_never_came_through(home: Path) -> None:
     """A mail in a folder that nobody reads stands in the ledger: it is named as lost, exit code 1; --keep says what to look at."""
     output, stop, codes = io.StringIO(), threading.Event(), list[int]()

@@ -73,6 +73,7 @@ def test_interrupted_first_read_then_uidvalidity_change(either_source: Pipeline)
     assert pipeline.client.get(f"producer_state:{pipeline.account}:INBOX:email_count") == "61"
 
 
+@pytest.mark.full
 def test_fetches_longer_than_the_lease_with_a_standby(gmail: tuple[Pipeline, Sandbox]) -> None:
     """Two producers, each IMAP answer takes longer than the lease: the owner goes on, the standby takes over when it is killed."""
     pipeline, sandbox = gmail

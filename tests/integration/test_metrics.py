@@ -298,6 +298,7 @@ def test_calls_of_handlers_are_timed_wherever_they_run(pipeline: Pipeline, handl
     pipeline.assert_accounted(dead=dict.fromkeys(pipeline.delivered, "attempts") if given_up else {})
 
 
+@pytest.mark.full
 def test_a_scrape_never_waits_for_redis(durable: Pipeline) -> None:
     """Stopped, frozen, not there from the start: both daemons answer with what was last known, and the targets stay."""
     durable.deliver("later")

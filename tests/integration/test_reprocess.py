@@ -147,6 +147,7 @@ def test_imap_brings_what_the_archive_lacks(mailbox: Pipeline) -> None:
     assert set(lives(mailbox).values()) == {2}
 
 
+@pytest.mark.full
 def test_only_what_is_meant(pipeline: Pipeline) -> None:
     """Other days, accounts, senders and handlers stay as they are; so do unfinished, dead and discarded mail and mail never seen."""
     bob = b"From: Bob <bob@shop.example>\r\nSubject: of bob\r\nMessage-ID: <b@x>\r\n\r\nhello\r\n"

@@ -137,6 +137,7 @@ def test_a_daemon_that_is_not_ready_in_time_goes_on_and_is_told(installed: Insta
     assert installed.run("stop.sh", **away).count(" stopped (pid ") == 2
 
 
+@pytest.mark.full
 def test_stop_waits_for_a_handler_and_kills_only_if_told_to(installed: Installed, pipeline: Pipeline) -> None:
     """A killed worker's mail, and one that stands still, are seen by status.sh and health_check.sh; another worker does the mail."""
     installed.run("start.sh", "--workers", "1")

@@ -86,6 +86,7 @@ def test_one_mail_that_kills_the_process_among_31(pipeline: Pipeline) -> None:
     assert len(begun(pipeline, poison)) == 4, "one start in company, three alone"
 
 
+@pytest.mark.full
 def test_handler_longer_than_the_lease(pipeline: Pipeline) -> None:
     """A handler works for three leases while another worker looks for abandoned mail: it is not handled twice."""
     [held] = published(pipeline, "hold gate")
