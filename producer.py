@@ -100,7 +100,7 @@ def main() -> int:
         print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201  # the one line a wrong setting gets
         return 2
     except Transient as error:
-        print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201
+        print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201  # the same
         return shutdown.exit_code if shutdown.requested else 1
 
 
@@ -132,7 +132,7 @@ def run(settings: Settings, accounts: Sequence[Account], shutdown: Shutdown, giv
                 producer.ask_for(given.resync_from)
             producer.run_once() if given.once else producer.run()
     except NoUsableToken as error:
-        print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201
+        print(f"producer.py: {error}", file=sys.stderr)  # noqa: T201  # the same
         return 3
     return shutdown.exit_code
 

@@ -61,7 +61,7 @@ def main() -> int:
         print(f"worker.py: {error}", file=sys.stderr)  # noqa: T201  # the one line a wrong setting gets
         return 2
     except Transient as error:
-        print(f"worker.py: {error}", file=sys.stderr)  # noqa: T201
+        print(f"worker.py: {error}", file=sys.stderr)  # noqa: T201  # the same
         return shutdown.exit_code if shutdown.requested else 1
 
 

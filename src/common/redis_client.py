@@ -109,7 +109,7 @@ class RedisClient:
                 retry=Retry(NoBackoff(), 0),
                 max_connections=max_connections,
                 health_check_interval=0,
-                command_packer=_Packer() if not_utf8 == "replace" else _packer(not_utf8),
+                command_packer=_BarePacker() if not_utf8 == "replace" else _packer(not_utf8),
                 driver_info=None,  # no CLIENT SETINFO at each connect: Redis 7.0 does not know it, and an ACL would have to allow it
             )
         except ValueError:  # its text may hold a part of the password
@@ -245,7 +245,7 @@ class RedisClient:
         return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info.get('redis_version', '')}"
 
 
-class _Packer:
+class _BarePacker:
     """hiredis alone. redis-py's own looks at each argument for types that we never send, which costs as much again."""
 
     def pack(self, *args: Arg) -> list[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from itertools import permutations
 
 import pytest
 
@@ -99,6 +100,15 @@ def test_renew_restarts_the_lease_of_what_is_ours_and_names_what_is_not(store: S
     assert store.idle("1-0") < 60_000
     assert store.idle("2-0") >= HOUR
     assert store.idle("3-0") >= HOUR
+
+
+def test_the_fence_knows_ids_of_any_length_in_any_order(store: Store) -> None:
+    """Ids are numbers, not text: 9-2 stands before 9-10, and that before 10-0 and 100-1."""
+    ids = ["9-2", "9-10", "10-0", "100-1"]
+    mails = {entry: f"gm:a:{number}" for number, entry in enumerate(ids, start=1)}
+    store.put({"stream": mails, "pending": dict.fromkeys(ids, ("w1", 1))})
+    for order in permutations(ids):
+        assert recovery.renew(store.seat("w1"), [store.held(entry, 1, email_id=mails[entry]) for entry in order]) == []
 
 
 def test_renewing_nothing_asks_nothing(store: Store) -> None:
