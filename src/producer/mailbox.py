@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -274,7 +273,7 @@ class Mailbox:
 
     def _own(self, *, patient: bool = True) -> State | None:
         """Wait until the mailbox is ours; not `patient`: only while its owner gives no sign of life. How far it was read."""
-        said, left = False, math.inf
+        until = ""
         while True:
             answer = self.pulse.ask_redis(lambda: self.states.acquire(self.settings.mail.lease))
             self.owns = not isinstance(answer, Held)
@@ -282,17 +281,16 @@ class Mailbox:
                 self.reader.owned(answer)
                 return answer.state
             self.status, self.reader.epoch = "STANDBY", 0
-            if answer.seconds > left and not patient:  # it was renewed
+            if until and answer.until != until and not patient:  # it was renewed
                 log.info("%s: another producer is alive and reads it: left to that one", self.title)
                 return None
-            left = answer.seconds
-            if not said:
-                said = True
+            if not until:
                 log.info(
                     "%s: another producer reads it; standing by, to take over %.0f s after its last sign of life at most",
                     self.title,
                     answer.seconds,
                 )
+            until = answer.until
             if answer.state is not None:
                 self.reader.remember(answer.state, force=False)  # what we take over one day must be known here by then
             if self.pulse.pause(min(answer.seconds + 0.1, 5.0)):

@@ -58,9 +58,11 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Another producer reads this mailbox; its lease ends in `seconds` unless renewed."""
+    """Another producer reads this mailbox; its lease ends in `seconds` unless renewed. `until`: that moment on the server's clock,
+    another one after each renewal."""
 
     seconds: float
+    until: str
     state: State | None
 
 
@@ -87,11 +89,11 @@ class StateManager:
 
     def acquire(self, lease: float) -> Lease | Held:
         """Take or renew the lease for `lease` seconds; one round trip."""
-        verdict, number, resync, *known = self._redis.run(
-            "acquire", self._lease_keys(), [self._nonce, max(1, round(lease * 1000))]
+        verdict, number, until, resync, *known = self._redis.run(
+            "acquire", self._lease_keys(), [self._nonce, max(1, round(lease * 1_000_000))]
         )
         if verdict == "HELD":
-            return Held(int(number) / 1000, _state(known))
+            return Held(int(number) / 1_000_000, until, _state(known))
         return Lease(int(number), _state(known), resync)
 
     def look(self) -> State | None:

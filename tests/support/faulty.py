@@ -166,7 +166,11 @@ class FaultySession:
         return self._ask("meta", lambda: self._real.meta(uids))
 
     def ask_bodies(self, uids: Sequence[int]) -> None:
-        self._real.ask_bodies(uids)  # no round trip: `bodies` waits for the answer
+        """No round trip: `bodies` waits for the answer. It has come before anything else happens, or it would be the server's speed
+        that decides whether it does."""
+        self._real.ask_bodies(uids)
+        with self._real._speaking():
+            pass
 
     def bodies(self, uids: Sequence[int]) -> dict[int, bytes]:
         return self._ask("bodies", lambda: self._real.bodies(uids))

@@ -71,7 +71,7 @@ for _, row in ipairs(rows) do
 end
 for i = 3, #KEYS do
   local ends = redis.call('HGET', KEYS[i], 'until')
-  if ends then redis.call('HSET', KEYS[i], 'until', string.format('%.0f', ends - ms)) end
+  if ends then redis.call('HSET', KEYS[i], 'until', string.format('%.0f', ends - ms * 1000)) end
 end
 for _, member in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do redis.call('ZINCRBY', KEYS[2], -ms, member) end
 """

@@ -89,6 +89,15 @@ def test_renewing_is_no_change_of_owner(store: Store) -> None:
     assert int(store.redis.hash(f"{HERE}:intake")["until"]) > first
 
 
+def test_who_waits_sees_each_renewal(store: Store) -> None:
+    """The end of the lease is told to the microsecond: another one after a renewal, the same one without."""
+    states, standby = owner(store), manager(store, "p2")
+    seen = [standby.acquire(60), standby.acquire(60)]
+    states.acquire(60)
+    seen.append(standby.acquire(60))
+    assert [answer.until == seen[0].until for answer in seen if isinstance(answer, Held)] == [True, True, False]
+
+
 def test_a_lease_that_ran_out_is_taken_over_with_a_new_epoch(store: Store) -> None:
     """The state goes with it."""
     publish(owner(store), [mail(1)], state=SECOND)
@@ -101,7 +110,7 @@ def test_a_lease_that_ends_after_its_own_length_is_not_held(store: Store) -> Non
     """The server's clock stepped back: `until` is further away than the lease is long."""
     manager(store).acquire(60)
     until = int(store.redis.hash(f"{HERE}:intake")["until"])
-    store.redis.call("HSET", f"{HERE}:intake", "until", until + 3_600_000)
+    store.redis.call("HSET", f"{HERE}:intake", "until", until + 3_600_000_000)
     assert manager(store, "p2").acquire(60) == Lease(2, None)
 
 
