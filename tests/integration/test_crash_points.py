@@ -311,7 +311,7 @@ class KeptAfterwards:
 
 
 FOUND = "found = session.uids_since(since - timedelta(days=1))"
-FENCE, NO_FENCE = "if owned[mail.sid] ~= mail.count then", "if false then"
+FENCE, NO_FENCE = "if owned[sid] ~= count then", "if false then"
 COMPARE_AND_SET = "if uidvalidity ~= ARGV[3] or last_uid ~= ARGV[4] then"
 
 

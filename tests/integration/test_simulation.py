@@ -100,7 +100,7 @@ MUTANTS = (
     Mutant("begin", FENCE, NO_FENCE),
     Mutant("begin", "elseif ARGV[4] == '1' then", "elseif true then"),
     Mutant("begin", "elseif solo >= tonumber(ARGV[3]) then", "elseif false then"),
-    Mutant("complete", FENCE, NO_FENCE),
+    Mutant("complete", "if owned[sid] ~= count then", NO_FENCE),
     Mutant("complete", "redis.call('XACK', KEYS[1], ARGV[1], unpack(sids))"),
     Mutant("complete", "redis.call('SADD', KEYS[6 + set], unpack(part))"),
     Mutant("promote", "'^%d+|(%d+)')) + 1", "'^%d+|(%d+)'))"),

@@ -500,7 +500,7 @@ MUTANTS = (
     Mutant("begin", "if owned[mail.sid] ~= mail.count then", "if false then"),
     Mutant("begin", "mail.done or (location and location ~= here and stands(KEYS[1], KEYS[5], location))", "mail.done"),
     Mutant("begin", "if last == nil or last == tag then", "if true then"),
-    Mutant("complete", "if owned[mail.sid] ~= mail.count then", "if false then"),
+    Mutant("complete", "if owned[sid] ~= count then", "if false then"),
     Mutant("fail", "if owned[mail.sid] ~= mail.count then", "if false then"),
     Mutant("fail", "if gone or mail.verb ~= 'crash' then", "if true then"),
     Mutant("promote", "'^%d+|(%d+)')) + 1", "'^%d+|(%d+)'))"),

@@ -208,7 +208,7 @@ GUARDS = (
     lua("release", "claimable at once", "mine[#mine + 1] = LONG_AGO", "mine[#mine + 1] = 0", "recovery"),
     lua("reap", "never one that holds something", "consumer.pending == 0 and", "", "recovery"),
     # it ends
-    lua("complete", "owner", FENCE, NEVER, "idempotency"),
+    lua("complete", "owner", "if owned[sid] ~= count then", NEVER, "idempotency"),
     lua("complete", "XDEL", "redis.call('XDEL', KEYS[1], unpack(sids))", "", "idempotency"),
     lua("complete", "XACK", "redis.call('XACK', KEYS[1], ARGV[1], unpack(sids))", "", "idempotency"),
     lua("complete", "SADD", "redis.call('SADD', KEYS[6 + set], unpack(part))", "", "idempotency"),

@@ -26,7 +26,7 @@ for i, mail in ipairs(mails) do
 end
 local located = redis.call('HMGET', KEYS[2], unpack(email_ids))
 local starts = redis.call('HMGET', KEYS[3], unpack(email_ids))
-local tries = redis.call('HMGET', KEYS[4], unpack(email_ids))
+local tries = redis.call('EXISTS', KEYS[4]) == 1 and redis.call('HMGET', KEYS[4], unpack(email_ids)) or {}  -- mostly nobody failed
 for set, part in pairs(of_set) do
   local done = redis.call('SMISMEMBER', KEYS[6 + set], unpack(part.members))
   for i = 1, #done do part.mails[i].done = done[i] == 1 end

@@ -7,29 +7,25 @@
 --            place of its steps in KEYS, which are kept for a day more; 0: it has none}
 -- -> n x (OK | ALREADY: done before, by this call repeated or by another worker | LOST)
 --#include fence
-local STEP, mails, ids = 16, {}, {}
-local DAY = 86400
-for i = 6, #ARGV, STEP do
-  local mail = {sid = ARGV[i], count = ARGV[i + 1], id = ARGV[i + 2], member = ARGV[i + 3], set = tonumber(ARGV[i + 4]), open = ARGV[i + 5],
-                rest = i + 6, steps = tonumber(ARGV[i + 15])}
-  mails[#mails + 1] = mail
-  ids[#ids + 1] = mail.sid
-end
+local FIRST, STEP, DAY, ids = 6, 16, 86400, {}
+for i = FIRST, #ARGV, STEP do ids[#ids + 1] = ARGV[i] end
 local owned = held(KEYS[1], ARGV[1], ARGV[2], ids)
 local answer, sids, email_ids, members, open = {}, {}, {}, {}, {}
-for i, mail in ipairs(mails) do
-  if owned[mail.sid] ~= mail.count then
-    answer[i] = redis.call('SISMEMBER', KEYS[6 + mail.set], mail.member) == 1 and 'ALREADY' or 'LOST'
+for i = FIRST, #ARGV, STEP do
+  local sid, count, id, member, set, unfinished, outcome, result, handler, mailbox, uid, internal_date, from, raw_ref, correlation_id, steps =
+    unpack(ARGV, i, i + STEP - 1)
+  set, steps = tonumber(set), tonumber(steps)
+  if owned[sid] ~= count then
+    answer[#answer + 1] = redis.call('SISMEMBER', KEYS[6 + set], member) == 1 and 'ALREADY' or 'LOST'
   else
-    answer[i] = 'OK'
-    sids[#sids + 1] = mail.sid
-    email_ids[#email_ids + 1] = mail.id
-    members[mail.set] = members[mail.set] or {}
-    table.insert(members[mail.set], mail.member)
-    open[mail.open] = (open[mail.open] or 0) + 1
-    local outcome, result, handler, mailbox, uid, internal_date, from, raw_ref, correlation_id = unpack(ARGV, mail.rest, mail.rest + 8)
-    if mail.steps > 0 then redis.call('EXPIRE', KEYS[mail.steps], DAY) end
-    redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[4], '*', 'email_id', mail.id, 'outcome', outcome, 'result', result,
+    answer[#answer + 1] = 'OK'
+    sids[#sids + 1] = sid
+    email_ids[#email_ids + 1] = id
+    members[set] = members[set] or {}
+    table.insert(members[set], member)
+    open[unfinished] = (open[unfinished] or 0) + 1
+    if steps > 0 then redis.call('EXPIRE', KEYS[steps], DAY) end
+    redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[4], '*', 'email_id', id, 'outcome', outcome, 'result', result,
       'handler', handler, 'mailbox', mailbox, 'uid', uid, 'internal_date', internal_date, 'from', from,
       'raw_ref', raw_ref, 'correlation_id', correlation_id)
   end
@@ -46,7 +42,7 @@ if #sids > 0 then
   end
   redis.call('HDEL', KEYS[2], unpack(email_ids))
   redis.call('HDEL', KEYS[3], unpack(email_ids))
-  redis.call('HDEL', KEYS[4], unpack(email_ids))
+  if redis.call('EXISTS', KEYS[4]) == 1 then redis.call('HDEL', KEYS[4], unpack(email_ids)) end
   redis.call('XACK', KEYS[1], ARGV[1], unpack(sids))
   redis.call('XDEL', KEYS[1], unpack(sids))
 end
