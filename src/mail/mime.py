@@ -12,8 +12,11 @@ import binascii
 import codecs
 import re
 from collections.abc import Container
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+
+import pybase64
 
 from src.mail.headers import Headers, decode_words, value_and_parameters
 
@@ -359,40 +362,18 @@ def content(raw: bytes, part: Part, most: int | None = None) -> tuple[bytes, str
 
 def _base64(raw: bytes, start: int, end: int, *, cut: bool) -> tuple[bytes, str]:
     """Decodes what can be decoded. What stands behind the padding is left out, what is no base64 is passed over."""
+    letters = raw[start:end].replace(b"\r", b"").replace(b"\n", b"")
+    with suppress(binascii.Error):
+        return pybase64.b64decode(letters, validate=True), ""  # whole, with no other byte in it
     try:
-        decoded = binascii.a2b_base64(memoryview(raw)[start:end])
+        decoded = binascii.a2b_base64(letters)
     except binascii.Error:
-        kept = raw[start:end].translate(None, _NOT_BASE64).partition(b"=")[0]
+        kept = letters.translate(None, _NOT_BASE64).partition(b"=")[0]
         decoded = binascii.a2b_base64(kept[: len(kept) - (len(kept) % 4 == 1)] + b"==")
     else:
-        size = len(decoded)
-        if cut or size == _letters_in_lines(raw, start, end) * 3 // 4 or size == _letters(raw, start, end) * 3 // 4:
+        if cut or len(decoded) == (len(letters) - sum(map(letters.count, (b" ", b"\t", b"=")))) * 3 // 4:
             return decoded, ""
     return decoded or raw[start:end], "" if cut else "broken base64"
-
-
-def _letters(raw: bytes, start: int, end: int) -> int:
-    """How many bytes are neither blank nor padding."""
-    return end - start - sum(raw.count(mark, start, end) for mark in (b"\n", b"\r", b" ", b"\t", b"="))
-
-
-def _letters_in_lines(raw: bytes, start: int, end: int) -> int:
-    """The same where the lines are of one length, as encoders write them, without looking at every byte; else -1.
-
-    Only line ends are looked at, but for the last lines. Where something else than letters stands between them, fewer bytes are decoded
-    than this number promises.
-    """
-    after = _after_line(raw, start)
-    width = after - start
-    lines = (end - start) // width - 1 if width else 0  # the last ones may hold padding
-    if lines < 1:
-        return -1
-    rest = start + lines * width
-    line_end = b"\r\n" if raw[after - 2 : after] == b"\r\n" else b"\n"
-    for back, mark in enumerate(reversed(line_end), 1):
-        if raw[after - back : rest : width] != bytes([mark]) * lines:
-            return -1
-    return lines * (width - len(line_end)) + _letters(raw, rest, end)
 
 
 def _uuencode(data: bytes, *, cut: bool) -> tuple[bytes, str]:
