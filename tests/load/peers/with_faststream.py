@@ -1,5 +1,6 @@
 """FastStream over a Redis Stream, in batches of 100. Run by `faststream run with_faststream:app`."""
 
+import asyncio
 import os
 
 import redis
@@ -16,11 +17,11 @@ async def no_op(batch: list[str]) -> None:
 
 
 def fill(count: int, size: int) -> None:
-    client = redis.Redis.from_url(os.environ["BENCH_REDIS"])
-    pipe = client.pipeline(transaction=False)
-    for number in range(count):
-        pipe.xadd("bench", {"__data__": "x" * size})
-        if number % 1000 == 999:
-            pipe.execute()
-    pipe.execute()
-    client.xgroup_create("bench", "g", "0")
+    asyncio.run(_publish(count, size))
+    redis.Redis.from_url(os.environ["BENCH_REDIS"]).xgroup_create("bench", "g", "0")
+
+
+async def _publish(count: int, size: int) -> None:
+    async with broker:
+        for first in range(0, count, 50):
+            await asyncio.gather(*(broker.publish("x" * size, stream="bench") for _ in range(first, min(first + 50, count))))
