@@ -31,7 +31,7 @@ from src.producer.state_manager import Identity, Lease, Mail, MarkerFile, StateM
 log = logging.getLogger(__name__)
 
 STUB_BYTES = 65_536
-WINDOW = 400  # mails that are looked at together
+WINDOW = 1000  # mails that are looked at together
 FETCH_BYTES = 8 << 20  # most bytes of bodies in one FETCH
 PUBLISH_BYTES = 1 << 20  # most bytes of records in one publish: a script over more holds the server too long
 TRIES = 3  # for a mail whose data the server does not give
