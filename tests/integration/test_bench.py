@@ -26,7 +26,8 @@ ROWS = {
         "Redis above its base, stream empty, without the ids",
     },
     "growth": {
-        "drain at 20,000 live mails",
+        "drain at 20,000 live mails, Redis 7.0",
+        "drain at 20,000 live mails, embedded Valkey",
         "poll of an unchanged folder of 3,000",
         "2 workers, 20 ms, 8 at once",
         "4 workers, 20 ms, 8 at once",
