@@ -121,7 +121,7 @@ def test_every_round_trip_fails_once_around_a_step(stage: Stage, tmp_path: Path,
     [
         (Mutant("step", "redis.call('HSETNX', KEYS[2], ARGV[7], ARGV[8])"), Fault.CRASH_AFTER, "booked"),
         (
-            Mutant("complete", "redis.call('EXPIRE', KEYS[mail.steps], DAY)", "redis.call('PING')"),
+            Mutant("complete", "redis.call('EXPIRE', KEYS[steps], DAY)", "redis.call('PING')"),
             Fault.CRASH_AFTER,
             "end after a day",
         ),
