@@ -115,7 +115,7 @@ def write_token(path: Path, token: StoredToken) -> None:
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException:  # a stop too: the half-written file goes, the error goes on
         with suppress(FileNotFoundError):
             Path(temporary).unlink()
         raise

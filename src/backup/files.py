@@ -103,7 +103,7 @@ def part(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException:  # a stop too: what is half-written goes, the error goes on
         with suppress(OSError):
             aside.unlink()
         raise
@@ -128,7 +128,7 @@ def publish(path: Path, manifest: Callable[[Path], Manifest]) -> Manifest:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-    except BaseException:
+    except BaseException:  # a stop too: what is half-written goes, the error goes on
         for left in (aside, *([beside] if not path.exists() else [])):
             with suppress(OSError):
                 left.unlink(missing_ok=True)

@@ -77,7 +77,7 @@ class Context:
             failed = False
         except BreakerOpen:  # of another one
             raise
-        except Exception as error:
+        except Exception as error:  # the handler's own, which goes on: it is only counted here
             failed = not isinstance(error, (Permanent, SkipEmail))
             raise
         finally:
