@@ -42,16 +42,9 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRITERS = 8
 
+Raw = bytes | memoryview
+File = tuple[str, Raw]  # (path in the archive, what is to stand there)
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Laid:
-    """A file on its way to its name. `aside`: where it stands until then, "" if it does not stand anywhere yet."""
-
-    path: str
-    data: bytes
-    aside: str = ""
 
 
 class Store(Protocol):
@@ -66,20 +59,8 @@ class Store(Protocol):
         """Whether this place ever was an archive."""
         ...
 
-    def lay(self, path: str, data: bytes) -> Laid:
-        """Begin to write a file: it is nobody's yet."""
-        ...
-
-    def keep(self, laid: Sequence[Laid]) -> None:
-        """Each is whole under its name when this returns, whole or not there at all where it raises; durable once the name is settled."""
-        ...
-
-    def forget(self, laid: Sequence[Laid]) -> None:
-        """Remove what was not kept."""
-        ...
-
-    def settle(self, path: str) -> None:
-        """Make the names of the files in this file's folder durable."""
+    def put(self, files: Sequence[File]) -> None:
+        """Each is whole and durable under its name when this returns; whole or not there at all where it raises."""
         ...
 
     def read(self, path: str) -> bytes | None: ...
@@ -101,44 +82,19 @@ class Archive:
 
     store: Store
 
-    def put(self, raw: bytes) -> str:
+    def put(self, raw: Raw) -> str:
         """Keep a mail; its reference. Safe to repeat; whoever keeps it again renews its time.
 
         A mail must be in the stream within a day and the retention, or it is swept. Raises ArchiveUnavailable.
         """
         return self.put_all([raw])[0]
 
-    def put_all(self, raws: Sequence[bytes]) -> list[str]:
+    def put_all(self, raws: Sequence[Raw]) -> list[str]:
         """`put` for many mails, which together cost little more than one. Raises ArchiveUnavailable."""
-        with self.laying(raws) as laid:
-            return self.keep(laid)
-
-    @contextmanager
-    def laying(self, raws: Sequence[bytes]) -> Iterator[list[Laid]]:
-        """Mails that the disk may write already, but which are nobody's until `keep`; what is not kept at the end is removed.
-
-        Raises ArchiveUnavailable.
-        """
-        laid: list[Laid] = []
-        try:
-            with self._reaching("kept"):
-                for raw in raws:
-                    laid.append(self.store.lay(_path(ref_of(raw)), raw))
-            yield laid
-        finally:
-            with suppress(OSError):
-                self.store.forget(laid)
-
-    def keep(self, laid: Sequence[Laid]) -> list[str]:
-        """The references of mails that are kept from now on. Raises ArchiveUnavailable."""
+        refs = [ref_of(raw) for raw in raws]
         with self._reaching("kept"):
-            try:
-                self.store.keep(laid)
-            except OSError:
-                self.store.forget(laid)  # the next try needs its room
-                raise
-            at_once(self.store.settle, {_folder(file.path): file.path for file in laid}.values())
-        return [_ref(file.path) for file in laid]
+            self.store.put([(_path(ref), raw) for ref, raw in zip(refs, raws, strict=True)])
+        return refs
 
     def get(self, raw_ref: str) -> bytes:
         """The mail of a reference, verified.
@@ -221,7 +177,7 @@ def at_once(call: Callable[[Item], object], items: Collection[Item]) -> None:
         list(pool.map(call, items))
 
 
-def ref_of(raw: bytes) -> str:
+def ref_of(raw: Raw) -> str:
     """The reference of a mail: `sha256:<hex>`."""
     return f"sha256:{hashlib.sha256(raw).hexdigest()}"
 
@@ -308,8 +264,24 @@ class Folder:
             return False
         return True
 
-    def lay(self, path: str, data: bytes) -> Laid:
-        aside = f"{self.root}/{ASIDE}/{secrets.token_hex(8)}"
+    def put(self, files: Sequence[File]) -> None:
+        """All are written, then all synced, then all named: a journal is committed a few times and not once for each."""
+        asides = [f"{self.root}/{ASIDE}/{secrets.token_hex(8)}" for _ in files]
+        try:
+            for aside, (_, data) in zip(asides, files, strict=True):
+                self._lay(aside, data)
+            at_once(_sync, asides)
+            with self._lock(fcntl.LOCK_SH):
+                for aside, (path, _) in zip(asides, files, strict=True):
+                    self._name(aside, f"{self.root}/{path}")
+        except OSError:
+            for aside in asides:  # the next try needs their room
+                with suppress(OSError):
+                    os.unlink(aside)  # noqa: PTH108  # as in `_name`
+            raise
+        at_once(_sync, {f"{self.root}/{_folder(path)}" for path, _ in files})
+
+    def _lay(self, aside: str, data: Raw) -> None:
         try:
             handle = os.open(aside, _NEW, 0o600)
         except FileNotFoundError:
@@ -317,27 +289,10 @@ class Folder:
             _make(self.root)
             _make(self.root / ASIDE)
             handle = os.open(aside, _NEW, 0o600)
-        laid = Laid(path, data, aside)
         try:
             _write(handle, data)
-        except OSError:
-            self.forget([laid])
-            raise
         finally:
             os.close(handle)
-        return laid
-
-    def keep(self, laid: Sequence[Laid]) -> None:
-        """All are synced, then all are named: a journal is committed a few times and not once for each."""
-        at_once(_sync, [file.aside for file in laid])
-        with self._lock(fcntl.LOCK_SH):
-            for file in laid:
-                self._name(file.aside, f"{self.root}/{file.path}")
-
-    def forget(self, laid: Sequence[Laid]) -> None:
-        for file in laid:
-            with suppress(FileNotFoundError):
-                os.unlink(file.aside)  # noqa: PTH108  # as in `_name`
 
     def _name(self, aside: str, target: str) -> None:
         try:
@@ -345,10 +300,6 @@ class Folder:
         except FileNotFoundError:
             _make(Path(target).parent)
             Path(aside).replace(target)
-
-    def settle(self, path: str) -> None:
-        """fsync of the folder."""
-        _sync(f"{self.root}/{_folder(path)}")
 
     def read(self, path: str) -> bytes | None:
         try:
@@ -385,7 +336,7 @@ class Folder:
             os.close(handle)
 
 
-def _write(handle: int, data: bytes) -> None:
+def _write(handle: int, data: Raw) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(handle, rest) :]  # a disk that is nearly full takes a part
@@ -436,30 +387,21 @@ class Bucket:
             system.invalidate_cache()
             return bool(system.exists(f"{root}/{MARK}"))
 
-    def lay(self, path: str, data: bytes) -> Laid:
-        return Laid(path, data)
-
-    def keep(self, laid: Sequence[Laid]) -> None:
+    def put(self, files: Sequence[File]) -> None:
         with _foreign():
-            at_once(self._put, laid)
+            at_once(self._put, files)
         if not self.begun():
             with _foreign():
-                self._put(Laid(MARK, b""))
+                self._put((MARK, b""))
 
-    def forget(self, laid: Sequence[Laid]) -> None:
-        """Nothing was written."""
-
-    def settle(self, path: str) -> None:
-        """Nothing to do: `keep` returned when the backend had it."""
-
-    def _put(self, file: Laid) -> None:
+    def _put(self, file: File) -> None:
         system, root = self._at
-        target = f"{root}/{file.path}"
+        target, data = f"{root}/{file[0]}", bytes(file[1])
         try:
-            system.pipe_file(target, file.data)
+            system.pipe_file(target, data)
         except FileNotFoundError:  # where folders exist they have to be made first; object stores have none
             system.makedirs(target.rpartition("/")[0], exist_ok=True)
-            system.pipe_file(target, file.data)
+            system.pipe_file(target, data)
 
     def read(self, path: str) -> bytes | None:
         try:
@@ -490,7 +432,7 @@ class Bucket:
         """Written anew: object stores cannot set a time."""
         data = self.read(path)
         if data is not None:
-            self.keep([self.lay(path, data)])
+            self.put([(path, data)])
 
     def remove_older(self, path: str, moment: float) -> bool:
         with suppress(FileNotFoundError):

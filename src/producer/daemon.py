@@ -42,7 +42,9 @@ from src.monitoring import endpoint, metrics, page
 from src.monitoring.metrics import Metrics
 from src.monitoring.page_look import Onlooker
 from src.producer import numbers
+from src.producer.archiver import Archiver
 from src.producer.mailbox import Mailbox, is_down
+from src.producer.reader import keep_nothing
 from src.producer.repair import Checkup
 from src.producer.state_manager import Held, MarkerFile, StateManager
 
@@ -128,8 +130,9 @@ class Producer:
         redis.stopwatch = Stopwatch(clock.monotonic, self.round_trips.observe)
         self.watch: Watch | None = None  # under --once nobody asks
         self.began = clock.monotonic()
-        place = settings.run.raw_archive
-        self.archive = open_archive(place.get_secret_value() if place else None, settings.run.data_dir)
+        place = settings.run.raw_archive.get_secret_value() if settings.run.raw_archive else None
+        self.archive = open_archive(place, settings.run.data_dir)
+        self.archiver = Archiver(place, settings.run.data_dir)
 
         checkup = Checkup(redis, keys, settings.stream.group, clock, every=3 * settings.mail.relist_interval)
 
@@ -149,7 +152,7 @@ class Producer:
                 shutdown=shutdown,
                 beats=self.beats,
                 breaker=breakers.get(f"IMAP {server.host}:{server.port}", counts=is_down),
-                archive=self.archive,
+                keep=self.archiver.keep if self.archive else keep_nothing,
                 gate=lambda: self.watch.full if self.watch else "",
                 pause=lambda: self._paused(pauses.fields_of(account, name)),
                 checkup=checkup,
@@ -199,6 +202,7 @@ class Producer:
         log.info("producer reads %s into %s", ", ".join(mailbox.title for mailbox in self.mailboxes), self.settings.stream.name)
 
         shutdown.add_step(10, "mailboxes", lambda: self._join(readers))
+        shutdown.add_step(20, "archive", self.archiver.end)
         shutdown.add_step(50, "side threads", self.stopped.set)
         shutdown.add_step(55, "registration", watch.stop)
         shutdown.add_step(60, "endpoint", stop_endpoint)
@@ -233,6 +237,7 @@ class Producer:
             finally:
                 mailbox.states.let_go()
         self.stopped.set()
+        self.archiver.end()
         self._report()
         tracing.end()
         if len(refused) == len(self.mailboxes):

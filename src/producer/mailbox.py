@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import Protocol
 
 from config.settings import Settings
-from src.common.archive import Archive
 from src.common.circuit_breaker import CircuitBreaker
 from src.common.clock import Clock, iso
 from src.common.exceptions import (
@@ -36,7 +35,7 @@ from src.imap.connection import session_over
 from src.producer.plan import State
 from src.producer.progress import Progress
 from src.producer.pulse import Pulse
-from src.producer.reader import CheckupCall, NotOurs, Reader, Session
+from src.producer.reader import CheckupCall, Keep, NotOurs, Reader, Session, keep_nothing
 from src.producer.repair import no_checkup
 from src.producer.state_manager import Held, MarkerFile, StateManager
 
@@ -113,7 +112,7 @@ def reason_of(error: Exception) -> str:
 class Mailbox:
     """`connect`: access token or password → a session, not yet entered. `new_id`: a fresh random id. `breaker`: of the IMAP server,
     shared by the mailboxes on it. `gate`: why nothing may be taken in now, "" if it may. `pause`: why somebody holds this mailbox up
-    since its session began, "" if nobody does. `checkup`, `fetching`, `publishing`: see `Reader`. `status` and `why`: see `state`.
+    since its session began, "" if nobody does. `keep`, `checkup`, `fetching`, `publishing`: see `Reader`. `status` and `why`: see `state`.
     `token`: what was known of the token at the last login. `reconnects`: sessions that ended or could not be opened, by `REASONS`.
     `owns`: we hold its lease, as far as we know: it is to be renewed. `broken`: sessions that broke off soon, one after the other."""
 
@@ -129,7 +128,7 @@ class Mailbox:
     shutdown: Shutdown
     beats: Beats
     breaker: CircuitBreaker
-    archive: Archive | None = None
+    keep: Keep = keep_nothing
     gate: Callable[[], str] = lambda: ""
     pause: Callable[[], str] = lambda: ""
     checkup: CheckupCall = no_checkup
@@ -156,7 +155,7 @@ class Mailbox:
             self.new_id,
             self.pulse,
             Progress(self.title, self.clock),
-            self.archive,
+            self.keep,
             self._gate,
             self.checkup,
             self.fetching,

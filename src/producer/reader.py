@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from functools import partial
@@ -12,7 +12,6 @@ from typing import Literal, Protocol
 
 from config.settings import Settings
 from src.common import tracing
-from src.common.archive import Archive, Laid
 from src.common.batch import split
 from src.common.clock import Clock, iso
 from src.common.correlation import correlated, traceparent_of
@@ -68,6 +67,14 @@ class CheckupCall(Protocol):
 Judge = Callable[[State, int, str, str], bool]  # (state, UID, INTERNALDATE, forgotten before) → is it to be published
 
 
+Keep = Callable[[Sequence[bytes]], Callable[[], list[str]]]  # see `src.producer.archiver.Archiver.keep`
+
+
+def keep_nothing(raws: Sequence[bytes]) -> Callable[[], list[str]]:
+    """Where there is no archive."""
+    return lambda: [""] * len(raws)
+
+
 class NotOurs(Exception):
     """Another producer owns the mailbox, or the state is not the one we read: own it anew before going on."""
 
@@ -76,11 +83,12 @@ class NotOurs(Exception):
 class Reader:
     """Reads one mailbox through whatever session it is given. `new_id`: a fresh random id.
 
-    `gate`: why nothing may be taken in now, "" if it may. `checkup`: mends what in Redis only someone else can have broken. `paused`:
-    why intake waits, "" if it does not; `only_old`: new mail does not wait. `resync`: ISO date from which to look again, "" for none;
-    with `late:` before it only for mail that should be known. `unaccounted`: how many mails the last look back found known nowhere
-    although they count, or deleted from Redis by hand; they are published at once. For /status: `last_uid`, `waiting` (mails listed
-    without a fate yet), `contact` (when the server last answered, monotonic), `rereading` (Redis had forgotten the mailbox).
+    `keep`: takes raw mail into the archive. `gate`: why nothing may be taken in now, "" if it may. `checkup`: mends what in Redis only
+    someone else can have broken. `paused`: why intake waits, "" if it does not; `only_old`: new mail does not wait. `resync`: ISO date
+    from which to look again, "" for none; with `late:` before it only for mail that should be known. `unaccounted`: how many mails the
+    last look back found known nowhere although they count, or deleted from Redis by hand; they are published at once. For /status:
+    `last_uid`, `waiting` (mails listed without a fate yet), `contact` (when the server last answered, monotonic), `rereading` (Redis had
+    forgotten the mailbox).
     For /metrics: `fetched` mails and `fetched_bytes` of bodies, `passed` (see `State`; None before the first poll), `looks_back`; the
     stopwatches time each FETCH of bodies and each publish of mails.
     Methods raise what RedisClient and the session raise, and NotOurs.
@@ -95,7 +103,7 @@ class Reader:
     new_id: Callable[[], str]
     pulse: Pulse
     progress: Progress
-    archive: Archive | None = None
+    keep: Keep = keep_nothing
     gate: Callable[[], str] = lambda: ""
     checkup: CheckupCall = no_checkup
     fetching: Stopwatch = NO_STOPWATCH
@@ -455,44 +463,30 @@ class Reader:
         ready, withheld = plan.prefix([meta.uid for meta, _ in wanted], had)
         kept = [uid for uid in ready if uid in bodies]
         raws = [bodies[uid] for uid in kept]
-        with self._laying(raws) as laid:  # the disk writes while the mails are parsed
-            parsed = [
-                self._parsed(session, meta, identity, bodies.get(meta.uid), began) for meta, identity in wanted[: len(ready)]
-            ]
-            raw_refs = dict(zip(kept, self._archived(raws, laid), strict=True))
+        references = self.keep(raws)  # while the mails are parsed
+        parsed = [self._parsed(session, meta, identity, bodies.get(meta.uid), began) for meta, identity in wanted[: len(ready)]]
+        raw_refs = dict(zip(kept, self._kept(raws, references), strict=True))
         mails = []
         for envelope, record in parsed:
             whole_record = replace(record, raw_ref=raw_refs.get(envelope.uid, ""))
             mails.append(Mail(envelope.uid, to_fields(envelope, whole_record), envelope.traceparent))
         return mails, withheld
 
-    @contextmanager
-    def _laying(self, raws: Sequence[bytes]) -> Iterator[list[Laid] | None]:
-        """See `Archive.laying`; None where there is no archive or it cannot be had now."""
-        with ExitStack() as stack:
-            laid = None
-            if self.archive:
-                with suppress(ArchiveUnavailable):
-                    laid = stack.enter_context(self.archive.laying(raws))
-            yield laid
-
-    def _archived(self, raws: Sequence[bytes], laid: list[Laid] | None) -> list[str]:
+    def _kept(self, raws: Sequence[bytes], references: Callable[[], list[str]]) -> list[str]:
         """The references of raw mails, kept before anything is published; waits while the archive is full or away."""
-        if self.archive is None:
-            return [""] * len(raws)
         said = False
         while True:
             self.pulse.turn()
             try:
-                raw_refs = self.archive.put_all(raws) if laid is None else self.archive.keep(laid)
+                raw_refs = references()
             except ArchiveUnavailable as error:
-                laid = None
                 self.paused, self.only_old = str(error), False
                 if not said:
                     said = True
                     log.error("%s: intake waits: %s", self.pulse.title, error)
                 if self.pulse.pause(ARCHIVE_SECONDS):
                     raise NotOurs("stopped while the archive could not be had") from None
+                references = self.keep(raws)
             else:
                 if said:
                     self.paused = ""

@@ -16,9 +16,11 @@ for i = FIRST, #ARGV, STEP do
     unpack(ARGV, i, i + STEP - 1)
   set, steps = tonumber(set), tonumber(steps)
   if owned[sid] ~= count then
-    answer[#answer + 1] = redis.call('SISMEMBER', KEYS[6 + set], member) == 1 and 'ALREADY' or 'LOST'
+    local done = owned[sid] == 'done' or redis.call('SISMEMBER', KEYS[6 + set], member) == 1
+    answer[#answer + 1] = done and 'ALREADY' or 'LOST'
   else
     answer[#answer + 1] = 'OK'
+    owned[sid] = 'done'                           -- the same delivery may come twice: Redis forgot that it had given it
     sids[#sids + 1] = sid
     email_ids[#email_ids + 1] = id
     members[set] = members[set] or {}

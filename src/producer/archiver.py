@@ -1,0 +1,192 @@
+"""A process of its own that keeps raw mail: it hashes, writes and syncs while the producer's threads parse.
+
+All threads of the producer share one interpreter, and keeping was a third of its time. Mails go over through a file in memory; their
+lengths, and as an answer their references or why the archive cannot be had, over a Unix socket: both together are a channel, and a group
+of mails has one for itself. No mail is published before the answer, and a mail that is kept again is kept once: so either process may
+die at any moment. This one ends when its control socket is closed: when the producer has ended, however it ended.
+
+Over a channel's socket go lines of JSON: once [url, data_dir] as for `open_archive`; then [length, …] there and [reference, …] or
+"why not" back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from io import FileIO
+from itertools import accumulate
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+from src.common.archive import open_archive
+from src.common.exceptions import ArchiveUnavailable
+
+ROOT = Path(__file__).parents[2]
+END_SECONDS = 5.0  # for the process to end by itself
+OF_A_GROUP = (
+    signal.SIGINT,
+    signal.SIGTERM,
+)  # a terminal or a service manager sends them to all; the producer decides when this ends
+
+
+@dataclass(frozen=True)
+class Channel:
+    """See above. `memory`: mails, one behind the other."""
+
+    lines: TextIO
+    memory: FileIO
+
+    def say(self, what: object) -> None:
+        print(json.dumps(what), file=self.lines, flush=True)
+
+    def hear(self) -> list[str] | str:
+        line = self.lines.readline()
+        if not line:
+            raise ConnectionResetError("it does not answer")
+        told: list[str] | str = json.loads(line)
+        return told
+
+    def write(self, mails: Sequence[bytes]) -> None:
+        """With a map, want of memory would be a signal and not an error."""
+        at = 0
+        for mail in mails:
+            rest = memoryview(mail)
+            while rest:
+                taken = os.pwrite(self.memory.fileno(), rest, at)
+                at, rest = at + taken, rest[taken:]
+
+    def read(self, lengths: Sequence[int]) -> list[bytes]:
+        starts = accumulate(lengths, initial=0)
+        return [os.pread(self.memory.fileno(), length, at) for at, length in zip(starts, lengths, strict=False)]
+
+
+class Archiver:
+    """The producer's end. `url`, `data_dir`: as for `open_archive`. Safe to use from several threads.
+
+    The process is started for the first mail, and anew for the next one where it has ended.
+    """
+
+    def __init__(self, url: str | None, data_dir: Path) -> None:
+        self._place = [url, str(data_dir)]
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control = socket.socket()
+        self._free: list[Channel] = []
+
+    def keep(self, mails: Sequence[bytes]) -> Callable[[], list[str]]:
+        """Begin to keep these mails; what waits until they are kept, and returns their references.
+
+        It raises ArchiveUnavailable. If nobody waits the mails are kept all the same, where they can be.
+        """
+        try:
+            channel = self._channel()
+            channel.write(mails)
+            channel.say([len(mail) for mail in mails])
+        except OSError as error:
+            return partial(self._fail, error)
+        return partial(self._references, channel)
+
+    def _references(self, channel: Channel) -> list[str]:
+        try:
+            told = channel.hear()
+        except OSError as error:
+            self._fail(error)
+        self._free.append(channel)
+        if isinstance(told, str):
+            raise ArchiveUnavailable(told)
+        return told
+
+    def _fail(self, error: OSError) -> NoReturn:
+        self._free.clear()
+        why = self._ended(1.0) or error.strerror or str(error)
+        raise ArchiveUnavailable(
+            f"raw mail cannot be kept: the process that does it cannot be had ({why}). It is tried anew; nothing is lost meanwhile"
+        ) from error
+
+    def _channel(self) -> Channel:
+        """One that nobody uses. Raises OSError where none can be had."""
+        with suppress(IndexError):
+            return self._free.pop()
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            memory = _file_in_memory()
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                socket.send_fds(self._control, [b"+"], [theirs.fileno(), memory.fileno()])
+                channel = Channel(ours.makefile("rw", encoding="ascii"), memory)
+        channel.say(self._place)  # not an argument, which everybody may read: it may hold a password
+        return channel
+
+    def _start(self) -> None:
+        self._control.close()
+        self._control, theirs = socket.socketpair()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_GROUP)  # a new process begins with what is blocked here
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "src.producer.archiver"],
+                    stdin=theirs.fileno(),
+                    env={**os.environ, "PYTHONPATH": str(ROOT)},
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def end(self) -> None:
+        """End the process; it has a moment for what it is at."""
+        self._control.close()
+        if self._process and not self._ended(END_SECONDS):
+            self._process.kill()
+
+    def _ended(self, seconds: float) -> str:
+        """How the process ended, within `seconds`; "" if it did not."""
+        with self._lock, suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(seconds) if self._process else None
+            if code is not None:
+                return f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}"
+        return ""
+
+
+def _file_in_memory() -> FileIO:
+    """A file without a name."""
+    if hasattr(os, "memfd_create"):
+        return FileIO(os.memfd_create("raw mail"), "r+b")
+    with tempfile.TemporaryFile() as file:  # macOS
+        return FileIO(os.dup(file.fileno()), "r+b")
+
+
+# the process
+
+
+def main() -> None:
+    with socket.socket(fileno=sys.stdin.fileno()) as control:
+        while handles := socket.recv_fds(control, 1, 2)[1]:
+            lines = socket.socket(fileno=handles[0]).makefile("rw", encoding="ascii")
+            threading.Thread(target=serve, args=[Channel(lines, FileIO(handles[1], "r+b"))], daemon=True).start()
+
+
+def serve(channel: Channel) -> None:
+    """Keep what is asked for over a channel until its other end is closed."""
+    with channel.lines, channel.memory, suppress(ConnectionError):
+        url, data_dir = channel.hear()
+        archive = open_archive(url, Path(data_dir))
+        assert archive is not None, "with RAW_ARCHIVE=off nothing is asked for"
+        for lengths in map(json.loads, channel.lines):
+            try:
+                channel.say(archive.put_all(channel.read(lengths)))
+            except ArchiveUnavailable as error:
+                channel.say(str(error))
+
+
+if __name__ == "__main__":
+    main()
