@@ -17,18 +17,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cached_property
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-import fsspec  # type: ignore[import-untyped]
-from fsspec.registry import known_implementations  # type: ignore[import-untyped]
+from src.common.exceptions import ArchiveMissing, ArchiveUnavailable
 
-from src.common.exceptions import ArchiveMissing, ArchiveUnavailable, ConfigurationError
-from src.common.keys import Keys
-from src.common.redis_client import RedisClient
+if TYPE_CHECKING:  # the producer's archiver knows nothing of Redis: a third of its memory, half of its start
+    from src.common.keys import Keys
+    from src.common.redis_client import RedisClient
 
 REFRESH_SECONDS = 86_400.0  # how old the sign that a mail is still needed may become
 PAGE = 100  # entries read at once while references are collected
@@ -37,7 +34,7 @@ ASIDE = "tmp"  # where files are written before they have their name
 
 _REF = re.compile(r"sha256:([0-9a-f]{64})")
 _REF_IN_RECORD = re.compile(r'"raw_ref":\s*"(sha256:[0-9a-f]{64})"')  # within a JSON text the quotes would be escaped
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRITERS = 8
@@ -234,14 +231,9 @@ def open_archive(url: str | None, data_dir: Path) -> Archive | None:
         return Archive(Folder(data_dir / "raw"))
     if url.startswith("file:"):
         return Archive(Folder(Path(url.removeprefix("file:").removeprefix("//"))))
-    for protocol in url.partition("://")[0].split("::"):
-        try:
-            fsspec.get_filesystem_class(protocol)
-        except (ImportError, ValueError) as error:
-            package = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
-            install = f"; run: .venv/bin/python -m pip install {package}" if package not in ("", "fsspec") else ""
-            raise ConfigurationError(f"RAW_ARCHIVE={protocol}://…: {error}{install}") from None
-    return Archive(Bucket(url))
+    from src.common.bucket import open_bucket  # asyncio and much else, which a folder needs not
+
+    return Archive(open_bucket(url))
 
 
 @dataclass(frozen=True)
@@ -310,7 +302,7 @@ class Folder:
     def files(self) -> Iterator[tuple[str, float]]:
         for pattern in (f"{ASIDE}/*", "[0-9a-f]/*"):
             for file in self.root.glob(pattern):
-                if pattern.startswith(ASIDE) or _DIGEST.fullmatch(file.name):
+                if pattern.startswith(ASIDE) or DIGEST.fullmatch(file.name):
                     with suppress(FileNotFoundError):
                         yield file.relative_to(self.root).as_posix(), file.stat().st_mtime
 
@@ -359,96 +351,3 @@ def _sync(path: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Anything fsspec reaches (s3://, gs://, abfs://, sftp://, …); how whole and durable a write is, is the backend's word.
-
-    There is no lock: a mail that is kept anew in the very moment in which a sweep removes it would be lost.
-    """
-
-    url: str
-
-    @cached_property
-    def _at(self) -> tuple[Any, str]:
-        """(file system, path of the archive in it); reached at the first use, so an archive that is away is waited for."""
-        system, root = fsspec.core.url_to_fs(self.url)
-        return system, root.rstrip("/")
-
-    @property
-    def place(self) -> str:
-        url = urlsplit(self.url.rpartition("::")[2])
-        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
-
-    def begun(self) -> bool:
-        with _foreign():
-            system, root = self._at
-            system.invalidate_cache()
-            return bool(system.exists(f"{root}/{MARK}"))
-
-    def put(self, files: Sequence[File]) -> None:
-        with _foreign():
-            at_once(self._put, files)
-        if not self.begun():
-            with _foreign():
-                self._put((MARK, b""))
-
-    def _put(self, file: File) -> None:
-        system, root = self._at
-        target, data = f"{root}/{file[0]}", bytes(file[1])
-        try:
-            system.pipe_file(target, data)
-        except FileNotFoundError:  # where folders exist they have to be made first; object stores have none
-            system.makedirs(target.rpartition("/")[0], exist_ok=True)
-            system.pipe_file(target, data)
-
-    def read(self, path: str) -> bytes | None:
-        try:
-            with _foreign():
-                system, root = self._at
-                return bytes(system.cat_file(f"{root}/{path}"))
-        except FileNotFoundError:
-            return None
-
-    def files(self) -> Iterator[tuple[str, float]]:
-        with _foreign():
-            system, root = self._at
-            system.invalidate_cache()
-            found = list(system.find(root))
-        for name in found:
-            path = name.removeprefix(f"{root}/")
-            if _DIGEST.fullmatch(path.rpartition("/")[2]):
-                with suppress(FileNotFoundError):
-                    yield path, self._modified(path)
-
-    def _modified(self, path: str) -> float:
-        with _foreign():
-            system, root = self._at
-            modified: datetime = system.modified(f"{root}/{path}")
-            return (modified if modified.tzinfo else modified.replace(tzinfo=UTC)).timestamp()
-
-    def refresh(self, path: str, now: float) -> None:
-        """Written anew: object stores cannot set a time."""
-        data = self.read(path)
-        if data is not None:
-            self.put([(path, data)])
-
-    def remove_older(self, path: str, moment: float) -> bool:
-        with suppress(FileNotFoundError):
-            if self._modified(path) < moment:
-                with _foreign():
-                    system, root = self._at
-                    system.rm_file(f"{root}/{path}")
-                return True
-        return False
-
-
-@contextmanager
-def _foreign() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:  # each backend of fsspec has errors of its own, with no common root
-        raise OSError(None, f"{type(error).__name__}: {error}") from error

@@ -5,8 +5,7 @@ lengths, and as an answer their references or why the archive cannot be had, ove
 of mails has one for itself. No mail is published before the answer, and a mail that is kept again is kept once: so either process may
 die at any moment. This one ends when its control socket is closed: when the producer has ended, however it ended.
 
-Over a channel's socket go lines of JSON: once [url, data_dir] as for `open_archive`; then [length, …] there and [reference, …] or
-"why not" back.
+Over a channel's socket go lines of JSON: [length, …] there, [reference, …] or "why not" back.
 """
 
 from __future__ import annotations
@@ -28,10 +27,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from src.common.archive import open_archive
+from src.common.archive import Archive, open_archive
 from src.common.exceptions import ArchiveUnavailable
 
 ROOT = Path(__file__).parents[2]
+PLACE = "ARCHIVER_PLACE"  # in the environment of the process: [url, data_dir] for `open_archive`, as JSON
+KEPT_BYTES = 1 << 20  # of a channel's memory, while it waits for its next mails
 END_SECONDS = 5.0  # for the process to end by itself
 OF_A_GROUP = (
     signal.SIGINT,
@@ -77,7 +78,7 @@ class Archiver:
     """
 
     def __init__(self, url: str | None, data_dir: Path) -> None:
-        self._place = [url, str(data_dir)]
+        self._place = json.dumps([url, str(data_dir)])
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control = socket.socket()
@@ -101,13 +102,14 @@ class Archiver:
             told = channel.hear()
         except OSError as error:
             self._fail(error)
-        self._free.append(channel)
+        channel.memory.truncate(KEPT_BYTES)
+        with self._lock:
+            self._free.append(channel)
         if isinstance(told, str):
             raise ArchiveUnavailable(told)
         return told
 
     def _fail(self, error: OSError) -> NoReturn:
-        self._free.clear()
         why = self._ended(1.0) or error.strerror or str(error)
         raise ArchiveUnavailable(
             f"raw mail cannot be kept: the process that does it cannot be had ({why}). It is tried anew; nothing is lost meanwhile"
@@ -115,20 +117,19 @@ class Archiver:
 
     def _channel(self) -> Channel:
         """One that nobody uses. Raises OSError where none can be had."""
-        with suppress(IndexError):
-            return self._free.pop()
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
+            if self._free:
+                return self._free.pop()
             memory = _file_in_memory()
             ours, theirs = socket.socketpair()
             with ours, theirs:
                 socket.send_fds(self._control, [b"+"], [theirs.fileno(), memory.fileno()])
-                channel = Channel(ours.makefile("rw", encoding="ascii"), memory)
-        channel.say(self._place)  # not an argument, which everybody may read: it may hold a password
-        return channel
+                return Channel(ours.makefile("rw", encoding="ascii"), memory)
 
     def _start(self) -> None:
+        self._free.clear()
         self._control.close()
         self._control, theirs = socket.socketpair()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_GROUP)  # a new process begins with what is blocked here
@@ -137,7 +138,7 @@ class Archiver:
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "src.producer.archiver"],
                     stdin=theirs.fileno(),
-                    env={**os.environ, "PYTHONPATH": str(ROOT)},
+                    env={**os.environ, "PYTHONPATH": str(ROOT), PLACE: self._place},
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -169,18 +170,19 @@ def _file_in_memory() -> FileIO:
 
 
 def main() -> None:
+    url, data_dir = json.loads(os.environ[PLACE])
+    archive = open_archive(url, Path(data_dir))
+    assert archive is not None, "with RAW_ARCHIVE=off nothing is asked for"
     with socket.socket(fileno=sys.stdin.fileno()) as control:
         while handles := socket.recv_fds(control, 1, 2)[1]:
             lines = socket.socket(fileno=handles[0]).makefile("rw", encoding="ascii")
-            threading.Thread(target=serve, args=[Channel(lines, FileIO(handles[1], "r+b"))], daemon=True).start()
+            channel = Channel(lines, FileIO(handles[1], "r+b"))
+            threading.Thread(target=_serve, args=(channel, archive), daemon=True).start()
 
 
-def serve(channel: Channel) -> None:
+def _serve(channel: Channel, archive: Archive) -> None:
     """Keep what is asked for over a channel until its other end is closed."""
     with channel.lines, channel.memory, suppress(ConnectionError):
-        url, data_dir = channel.hear()
-        archive = open_archive(url, Path(data_dir))
-        assert archive is not None, "with RAW_ARCHIVE=off nothing is asked for"
         for lengths in map(json.loads, channel.lines):
             try:
                 channel.say(archive.put_all(channel.read(lengths)))

@@ -195,12 +195,16 @@ class Consumer:
         return found
 
     def _taken(self, mails: Sequence[Delivery]) -> None:
-        """From the moment it is delivered a mail is ours: to renew, and to begin until each was judged, whatever call fails."""
-        self._unbegun += mails
+        """From the moment it is delivered a mail is ours: to renew, and to begin until each was judged, whatever call fails.
+
+        A Redis that came back older may give a delivery again that we have still in hand: that one goes on.
+        """
         now = self.clock.monotonic() if mails else 0.0
         with self.settled:
-            self._in_flight.update((mail.stream_id, mail) for mail in mails)
-            self._since.update((mail.stream_id, now) for mail in mails)
+            new = [mail for mail in mails if (held := self._in_flight.get(mail.stream_id)) is None or held.count != mail.count]
+            self._in_flight.update((mail.stream_id, mail) for mail in new)
+            self._since.update((mail.stream_id, now) for mail in new)
+        self._unbegun += new
 
     def _drop(self, mails: Sequence[Delivery]) -> None:
         with self.settled:

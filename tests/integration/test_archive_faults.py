@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
-from contextlib import ExitStack
+import signal
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 
 from src.common.archive import Archive, Folder
 from src.mail.record import gmail_email_id
+from src.producer.archiver import KEPT_BYTES
 from src.sandbox.server import Sandbox
 from tests.support.daemons import Daemon
 from tests.support.once import read_once, reading
 from tests.support.pipeline import DEADLINE, Pipeline
+from tests.support.processes import family
 from tests.support.proxy import FaultProxy
 from tests.support.wait import until
 
@@ -26,9 +31,25 @@ fills_disks = pytest.mark.skipif(
 )
 
 
-def fill_disk(daemon: Daemon, limit: int = FULL) -> None:
-    """No file that the daemon writes may grow above `limit` bytes from now on, as if the disk were full."""
-    resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+def archiver_of(producer: Daemon) -> int:
+    """The process that keeps its raw mail; there is one from the first mail on."""
+    [found] = [pid for pid in family(producer.pid) if b"src.producer.archiver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
+
+
+def fill_disk(producer: Daemon, limit: int = FULL) -> None:
+    """No raw mail that is kept may be larger than `limit` bytes from now on, as if the disk were full."""
+    resource.prlimit(archiver_of(producer), resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def handed_over(producer: Daemon) -> int:
+    """Bytes of raw mail that it shares with its archiver now."""
+    found = 0
+    for handle in Path(f"/proc/{producer.pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            if str(handle.readlink()).startswith("/memfd:raw mail"):
+                found += handle.stat().st_size
+    return found
 
 
 def body(size: int) -> bytes:
@@ -66,6 +87,28 @@ def test_a_full_disk_pauses_intake(pipeline: Pipeline) -> None:
     assert [len(archive.get(ref)) > SMALL for ref in refs] == [True, True, True]
 
 
+@fills_disks
+def test_an_archiver_that_dies_delays_intake_and_no_more(pipeline: Pipeline) -> None:
+    """Killed with a group in hand: said, started anew, each mail is there once and kept. It ends when its producer is killed."""
+    with pipeline.producer(PRODUCER_BATCH_SIZE="5") as producer:
+        pipeline.deliver("first")
+        pipeline.wait_for_uid(1)
+        first = archiver_of(producer)
+        os.kill(first, signal.SIGSTOP)
+        pipeline.deliver(*(f"mail {number}" for number in range(20)), body=body(300_000))
+        until(lambda: handed_over(producer) > KEPT_BYTES, DEADLINE, "a group is with the archiver")
+        os.kill(first, signal.SIGKILL)
+        producer.wait_for(r"INBOX: intake waits: raw mail cannot be kept: .* \(it was ended by signal 9\)", DEADLINE)
+        pipeline.wait_for_uid(21)
+        producer.wait_for("INBOX: the archive is there again", DEADLINE)
+        second = archiver_of(producer)
+        os.kill(producer.pid, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{second}").exists(), DEADLINE, "nobody is left behind")
+    pipeline.assert_accounted(waiting=pipeline.delivered)
+    archive = Archive(Folder(pipeline.tmp / "data" / "raw"))
+    assert all(archive.get(json.loads(fields["record"])["raw_ref"]) for fields in pipeline.books().stream.values())
+
+
 def test_an_archive_that_is_away_pauses_intake(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     """Its folder cannot be made: nothing is published until it can; the reason is said once."""
     pipeline.deliver("one", "two")
@@ -98,7 +141,7 @@ def test_a_worker_that_cannot_reach_the_archive_says_so_at_start(pipeline: Pipel
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 8))])
 def test_a_first_read_under_attack(pipeline: Pipeline, sandbox: Sandbox, seed: int) -> None:
-    """The producer is killed, the connection cut within a mail, the disk filled, at random: each mail once, with its raw mail."""
+    """Producer or archiver killed, the connection cut within a mail, the disk filled, at random: each mail once, with its raw mail."""
     draw, raws = random.Random(seed), dict[str, bytes]()
     for number in range(200):
         raw = b"From: a@example.org\r\nSubject: %d\r\n\r\n" % number + body(draw.choice((500, 2_000, SMALL, LARGE)))
@@ -114,12 +157,15 @@ def test_a_first_read_under_attack(pipeline: Pipeline, sandbox: Sandbox, seed: i
         def reached() -> int:
             return int(pipeline.last_uid() or 0)
 
-        producer, mishaps = started(), ["cut", "kill", "full"]
+        producer, mishaps = started(), ["cut", "kill", "full", "kill the archiver"]
         while reached() < len(raws):
             pipeline.wait_for_uid(min(len(raws), reached() + draw.randrange(1, 50)))
             mishap = draw.choice(mishaps)
             if mishap == "cut":
                 proxy.cut_after(draw.randrange(300_000), "to_client")
+                continue
+            if mishap == "kill the archiver":
+                os.kill(archiver_of(producer), signal.SIGKILL)
                 continue
             if mishap == "full":
                 fill_disk(producer)

@@ -294,19 +294,19 @@ class KeptAfterwards:
         return "kept afterwards"
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        publish, waiting = Reader._publish, list[bytes]()
+        publish, waiting = Reader._publish, list[Callable[[], list[str]]]()
 
-        def archived(reader: Reader, raws: Sequence[bytes], laid: object) -> list[str]:
-            waiting[:] = raws
+        def kept(reader: Reader, raws: Sequence[bytes], references: Callable[[], list[str]]) -> list[str]:
+            waiting[:] = [references]
             return list(map(ref_of, raws))
 
         def publish_first(reader: Reader, *args: Any) -> State:
             state = publish(reader, *args)
-            if reader.archive:
-                reader.archive.put_all(waiting)
+            for references in waiting:
+                references()
             return state
 
-        monkeypatch.setattr(Reader, "_archived", archived)
+        monkeypatch.setattr(Reader, "_kept", kept)
         monkeypatch.setattr(Reader, "_publish", publish_first)
 
 
@@ -355,7 +355,7 @@ COMPARE_AND_SET = "if uidvalidity ~= ARGV[3] or last_uid ~= ARGV[4] then"
         ),
         (KeptAfterwards(), kept, Fault.CRASH_BEFORE, nothing, "published before it was kept"),
         (
-            MethodMutant(Reader._archived, "if not said:", "return [''] * len(raws)\n            if not said:"),
+            MethodMutant(Reader._kept, "if not said:", "return [''] * len(raws)\n            if not said:"),
             kept,
             Fault.REQUEST_LOST,
             nothing,

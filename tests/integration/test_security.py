@@ -25,7 +25,7 @@ from tests.integration.test_commands import finished
 from tests.support import acl
 from tests.support.daemons import Daemon
 from tests.support.pipeline import DEADLINE, Pipeline
-from tests.support.processes import free_port
+from tests.support.processes import family, free_port
 from tests.support.servers import Dovecot, RedisServer, have_redis, make_certificate, need
 from tests.support.wait import until
 from tests.unit.test_consent import NoRedirect, visit
@@ -182,15 +182,6 @@ def test_what_the_users_may_not_do(either_redis: RedisServer, role: acl.Role) ->
 
 
 # secrets
-
-
-def family(pid: int) -> list[int]:
-    """A process and all below it."""
-    found = [pid]
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            found += [below for child in task.read_text().split() for below in family(int(child))]
-    return found
 
 
 def titles(*daemons: Daemon) -> str:

@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from os import sysconf
@@ -21,6 +21,7 @@ from src.common.keys import Keys, open_field
 from src.mail.record import Address, Record, gmail_email_id, record_to_json
 from src.sandbox.server import Sandbox
 from tests.support.daemons import Daemon
+from tests.support.processes import family
 from tests.support.proxy import FaultProxy
 from tests.support.servers import Dovecot, RedisServer
 from tests.support.wait import until
@@ -32,16 +33,6 @@ SETTLED = 0.1  # of the work is done before the clock starts: connections and ca
 
 
 # what the kernel says (Linux; 0 elsewhere)
-
-
-def family(pid: int) -> list[int]:
-    """A process and all that it has started, theirs too."""
-    found = [pid]
-    for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            with suppress(OSError):  # the thread has ended meanwhile
-                found += [int(child) for child in task.read_text().split()]
-    return found
 
 
 def _status(pid: int, name: str) -> float:

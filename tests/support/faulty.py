@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import redis
 
-from src.common.archive import Laid, Store
+from src.common.archive import File, Store
 from src.common.exceptions import ImapUnavailable
 from src.common.redis_client import Arg, Transport
 from src.imap.imap_client import Folder, ImapMailbox, Meta
@@ -192,7 +192,7 @@ class FaultySession:
 
 
 class FaultyStore:
-    """The store of an archive as one process reaches it: each write is a trip, and so is making its name durable."""
+    """The store of an archive as one process reaches it: each file is a trip."""
 
     def __init__(self, real: Store, process: Process) -> None:
         self._real = real
@@ -202,20 +202,9 @@ class FaultyStore:
     def place(self) -> str:
         return self._real.place
 
-    def lay(self, path: str, data: bytes) -> Laid:
-        laid: Laid = self._ask("lay", lambda: self._real.lay(path, data))
-        return laid
-
-    def keep(self, laid: Sequence[Laid]) -> None:
-        for file in laid:
-            self._ask("keep", partial(self._real.keep, [file]))
-
-    def forget(self, laid: Sequence[Laid]) -> None:
-        if not self._process.dead:
-            self._real.forget(laid)
-
-    def settle(self, path: str) -> None:
-        self._ask("settle", lambda: self._real.settle(path))
+    def put(self, files: Sequence[File]) -> None:
+        for file in files:
+            self._ask("put", partial(self._real.put, [file]))
 
     def begun(self) -> bool:
         return self._real.begun()

@@ -31,7 +31,7 @@ from src.imap.connection import ImapEndpoint
 from src.imap.imap_client import ImapMailbox
 from src.mail.record import Email
 from src.producer.mailbox import Mailbox, is_down
-from src.producer.reader import Session
+from src.producer.reader import Keep, Session, keep_nothing
 from src.producer.state_manager import MarkerFile, StateManager
 from src.worker import recovery
 from src.worker.context import Context
@@ -142,6 +142,11 @@ class World:
         return {}
 
 
+def kept_here(archive: Archive) -> Keep:
+    """The archive without its process: mails are kept when somebody waits for it."""
+    return lambda mails: partial(archive.put_all, mails)
+
+
 class InlineProducer:
     """producer.py with one mailbox (`name`). Its lease thread comes whenever the mailbox waits for its IMAP server."""
 
@@ -166,7 +171,7 @@ class InlineProducer:
             new_id=lambda: secrets.token_hex(8),
             shutdown=HurriedShutdown(),
             beats=Beats(clock),
-            archive=Archive(FaultyStore(archive.store, process)) if archive else None,
+            keep=kept_here(Archive(FaultyStore(archive.store, process))) if archive else keep_nothing,
             breaker=hurried_breakers().get("IMAP", counts=is_down),
         )
 

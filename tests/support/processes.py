@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -67,6 +68,16 @@ def adopt(group: int) -> None:
 
 def release(group: int) -> None:
     _tell_reaper("-", group)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it has started, theirs too."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            with suppress(OSError):  # the thread has ended meanwhile
+                found += [int(child) for child in task.read_text().split()]
+    return found
 
 
 class ChildProcess:

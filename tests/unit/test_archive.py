@@ -20,7 +20,8 @@ import fsspec  # type: ignore[import-untyped]
 import pytest
 
 from config.settings import SettingsError, load_settings
-from src.common.archive import Archive, Bucket, Folder, open_archive, ref_of, references
+from src.common.archive import Archive, Folder, open_archive, ref_of, references
+from src.common.bucket import Bucket
 from src.common.exceptions import ArchiveMissing, ArchiveUnavailable, ConfigurationError, Permanent, Transient
 from src.common.redis_client import RedisClient
 from src.mail.parse import parse
@@ -98,37 +99,13 @@ def test_a_mail_is_kept_once(archive: Archive) -> None:
     assert [path for path, _ in archive.store.files()] == [path_of(ref_of(MAIL))]
 
 
-def test_a_mail_that_is_laid_is_nobodys_until_it_is_kept(archive: Archive) -> None:
-    """It cannot be read before, and what was not kept is gone afterwards."""
-    archive.put(b"so that it is an archive")
-    other = MAIL + b"other"
-    with archive.laying([MAIL, other]) as laid:
-        with pytest.raises(ArchiveMissing):
-            archive.get(ref_of(MAIL))
-        assert archive.keep(laid[:1]) == [ref_of(MAIL)]
-    assert archive.get(ref_of(MAIL)) == MAIL
-    with pytest.raises(ArchiveMissing):
-        archive.get(ref_of(other))
-    assert len(list(archive.store.files())) == 2
-
-
-def test_an_error_while_mails_are_laid_leaves_nothing(folder: Archive, root: Path) -> None:
-    """Neither under their names nor aside."""
-    with pytest.raises(ZeroDivisionError), folder.laying([MAIL, b"other"]) as laid:
-        assert len(files_below(root)) == len(laid) == 2
-        raise ZeroDivisionError
-    assert files_below(root) == set()
-
-
 def test_mail_that_cannot_be_kept_takes_no_room(folder: Archive, root: Path) -> None:
-    """What was laid is removed at once, not when its caller gives up: a full disk has its room again for the next try."""
+    """What was written aside is removed at once: a full disk has its room again for the next try."""
     folder.put(b"so that it is an archive")
     (root / path_of(ref_of(MAIL))).parent.write_text("in the way")
-    with folder.laying([MAIL]) as laid:
-        assert list((root / "tmp").iterdir())
-        with pytest.raises(ArchiveUnavailable):
-            folder.keep(laid)
-        assert not list((root / "tmp").iterdir())
+    with pytest.raises(ArchiveUnavailable):
+        folder.put_all([MAIL, b"another"])
+    assert not list((root / "tmp").iterdir())
 
 
 def test_the_files_are_the_owners_alone_and_named_by_their_hash(folder: Archive, root: Path) -> None:

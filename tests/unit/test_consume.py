@@ -570,6 +570,21 @@ def test_settling_is_safe_to_repeat(store: Store, flaky: Flaky, victim: str, los
     assert consumer.in_flight() == 0
 
 
+def test_a_delivery_that_is_given_again_goes_on_and_does_not_begin_twice(store: Store) -> None:
+    """Redis came back as it was before it delivered a mail that is at work here: one handler, one result."""
+    consumer = joined(store)
+    publish(store, 1, 2)
+    started = consumer.take(8)
+    store.redis.call("XGROUP", "DESTROY", store.keys.stream, GROUP)
+    recovery.join(consumer.seat)
+    publish(store, 3)
+    assert ids(consumer.take(8)) == [M3]
+    assert consumer.in_flight() == 3
+    settle(consumer, started)
+    assert store.content()["results"] == [(M1, "done", '{"uid":1}'), (M2, "done", '{"uid":2}')]
+    assert consumer.in_flight() == 1
+
+
 def test_a_flushed_server_says_that_the_group_is_missing(store: Store) -> None:
     """The daemon joins again and goes on."""
     consumer = joined(store)

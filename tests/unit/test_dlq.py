@@ -171,6 +171,21 @@ def test_a_batch_of_all_verdicts_gives_each_mail_its_own(store: Store) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("verb", "verdict"), [("retry", "RETRY"), ("crash", "RETRY"), ("postpone", "POSTPONED"), ("bury", "DEAD")]
+)
+def test_the_same_delivery_twice_in_one_call_fails_once(store: Store, verb: dlq.Verb, verdict: str) -> None:
+    """A Redis that came back older gave it again, and both runs of the handler end together: one attempt, one dead letter."""
+    store.put(ONE)
+    once = Failure(store.held("1-0", 2), verb, reason="why")
+    assert [answer.verdict for answer in fail(store.seat(), [once, once], now=NOW)] == [verdict, "ALREADY"]
+    twice = store.content()
+    store.redis.call("FLUSHALL")
+    store.put(ONE)
+    fail(store.seat(), [once], now=NOW)
+    assert store.content() == twice
+
+
 def test_the_delay_is_counted_from_the_servers_clock(store: Store) -> None:
     """Worker clocks may differ: the due time is TIME plus the delay in ms."""
     store.put(ONE)

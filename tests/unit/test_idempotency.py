@@ -331,6 +331,17 @@ def test_complete_again_says_already_and_writes_nothing(store: Store) -> None:
     assert store.content() == before
 
 
+def test_the_same_delivery_twice_in_one_call_is_completed_once(store: Store) -> None:
+    """A Redis that came back older gave it again, and both runs of the handler end together: one result, the day counted once."""
+    store.put(TWO)
+    twice = [store.held("1-0"), store.held("1-0"), store.held("2-0")]
+    assert completed(store, twice, result='{"a":1}') == ["OK", "ALREADY", "OK"]
+    assert store.content() == {
+        "processed": {DONE: {"1", "2"}},
+        "results": [(M1, "done", '{"a":1}'), (M2, "done", '{"a":1}')],
+    }
+
+
 @pytest.mark.parametrize("owner", [("w2", 1), ("w1", 2)], ids=["another consumer", "another delivery count"])
 def test_complete_of_a_zombie_changes_nothing(store: Store, owner: tuple[str, int]) -> None:
     """Neither the entry nor a result: the owner is at work on it."""

@@ -1,0 +1,154 @@
+"""The process that keeps raw mail: what it keeps, what is said when it cannot, and that nothing depends on its life."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from src.common.archive import Archive, Folder, ref_of
+from src.common.exceptions import ArchiveUnavailable
+from src.producer.archiver import KEPT_BYTES, Archiver
+from tests.support.processes import family
+from tests.support.wait import until
+
+MAILS = [b"Subject: %d\r\n\r\n" % number + bytes(range(256)) * number for number in range(40)]
+REFS = list(map(ref_of, MAILS))
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="the process is found in /proc")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def archiver(tmp_path: Path) -> Iterator[Archiver]:
+    archiver = Archiver(None, tmp_path)
+    yield archiver
+    archiver.end()
+    assert processes() == []
+
+
+def processes() -> list[int]:
+    """The archivers that this process has started."""
+    found = []
+    for pid in family(os.getpid()):
+        with suppress(OSError):
+            if b"src.producer.archiver" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def gone(pid: int) -> bool:
+    """Ended with all its threads; a zombie until somebody asks how it ended."""
+    proc = Path(f"/proc/{pid}")
+    try:
+        return (
+            proc.joinpath("stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            and len(list(proc.joinpath("task").iterdir())) == 1
+        )
+    except OSError:
+        return True
+
+
+def held() -> int:
+    """Bytes of memory in the files that this process shares with archivers."""
+    found = 0
+    for handle in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if str(handle.readlink()).startswith("/memfd:raw mail"):
+                found += handle.stat().st_blocks * 512
+    return found
+
+
+def test_each_mail_is_kept_byte_for_byte(archiver: Archiver, root: Path) -> None:
+    """An empty one, small ones and one of 5 MB, in two groups at once; no file is left beside them."""
+    large = os.urandom(5_000_000)
+    some, others = archiver.keep([b"", *MAILS]), archiver.keep([large, MAILS[0]])
+    assert others() == [ref_of(large), REFS[0]]
+    assert some() == [ref_of(b""), *REFS]
+    assert [Archive(Folder(root)).get(ref) for ref in (ref_of(b""), *REFS, ref_of(large))] == [b"", *MAILS, large]
+    assert list((root / "tmp").iterdir()) == []
+    assert held() <= 2 * KEPT_BYTES, "the memory of a large group is given back"
+
+
+def test_many_mailboxes_share_one_process(archiver: Archiver, root: Path) -> None:
+    """Eight threads with twenty groups each: everybody gets the answer to what they asked."""
+
+    def groups(thread: int) -> list[bool]:
+        mails = [[b"%d/%d/%d" % (thread, group, number) for number in range(5)] for group in range(20)]
+        return [archiver.keep(group)() == list(map(ref_of, group)) for group in mails]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(groups, range(8))) == [[True] * 20] * 8
+    assert len(processes()) == 1
+    assert len(list(root.glob("[0-9a-f]/*"))) == 800
+
+
+def test_an_answer_that_nobody_waits_for_is_nobody_elses(archiver: Archiver, root: Path) -> None:
+    """Its mails are kept all the same."""
+    archiver.keep(MAILS[:20])
+    assert archiver.keep(MAILS[20:])() == REFS[20:]
+    until(lambda: len(list(root.glob("[0-9a-f]/*"))) == 40, 20, "all are kept")
+
+
+def test_a_process_that_ended_between_two_groups_is_missed_by_nobody(archiver: Archiver) -> None:
+    """The next group starts another one."""
+    archiver.keep(MAILS[:1])()
+    [first] = processes()
+    os.kill(first, signal.SIGKILL)
+    until(lambda: gone(first), 20, "it is gone")
+    assert archiver.keep(MAILS)() == REFS
+    assert processes() not in ([], [first])
+
+
+def test_a_process_that_ends_with_mails_in_hand_says_so(archiver: Archiver) -> None:
+    """Every group that waits is told; what is asked again is kept."""
+    archiver.keep(MAILS[:1])()
+    [pid] = processes()
+    os.kill(pid, signal.SIGSTOP)
+    waiting = [archiver.keep(MAILS[:20]), archiver.keep(MAILS[20:])]
+    os.kill(pid, signal.SIGKILL)
+    for answer in waiting:
+        with pytest.raises(
+            ArchiveUnavailable, match=r"cannot be had \(it was ended by signal 9\)\. It is tried anew; nothing is lost"
+        ):
+            answer()
+    assert archiver.keep(MAILS)() == REFS
+
+
+def test_an_archive_that_cannot_be_had_is_told_in_its_own_words(archiver: Archiver, root: Path) -> None:
+    """And the same process keeps the mails when it can."""
+    root.write_text("in the way")
+    with pytest.raises(ArchiveUnavailable, match=f"raw mail cannot be kept: {root} cannot be had .* change RAW_ARCHIVE"):
+        archiver.keep(MAILS)()
+    before = processes()
+    root.unlink()
+    assert archiver.keep(MAILS)() == REFS
+    assert processes() == before
+
+
+def test_a_process_that_cannot_be_started_is_an_archive_that_is_away(archiver: Archiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said, and tried again by the next group."""
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.executable", "/nowhere/python")
+        with pytest.raises(ArchiveUnavailable, match=r"cannot be had \(No such file or directory\)"):
+            archiver.keep(MAILS)()
+    assert archiver.keep(MAILS)() == REFS
+
+
+def test_signals_that_go_to_all_do_not_end_it(archiver: Archiver) -> None:
+    """A terminal sends SIGINT and a service manager SIGTERM to the whole group: mail in hand is kept first."""
+    archiver.keep(MAILS[:1])()
+    [pid] = processes()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pid, number)
+    assert archiver.keep(MAILS)() == REFS
+    assert processes() == [pid]
