@@ -377,8 +377,6 @@ class Story:
         self.forgets = ""
         self.faults[how] += 1
         self.fences.clear()
-        for worker in self.workers.values():
-            worker.busy.clear()  # it may be given again what it has in hand
         self._event(what)
 
     def _copy_an_entry(self, *, move: bool) -> None:
