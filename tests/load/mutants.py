@@ -191,6 +191,13 @@ GUARDS = (
         "if held is None:",
         (f"{UNIT}consume.py",),
     ),
+    Guard(
+        "consume: what is in hand does not begin twice",
+        "src/worker/consume.py",
+        "or held.count != mail.count]",
+        "or True]",
+        (f"{UNIT}consume.py",),
+    ),
     lua("fail", "a death weighs", "(tonumber(suspicion) + DEATH)", "tonumber(suspicion)", "dlq"),
     lua("fail", "a crash keeps the mark", "or mail.verb ~= 'crash' then", "or true then", "dlq"),
     Guard(
@@ -209,6 +216,7 @@ GUARDS = (
     lua("reap", "never one that holds something", "consumer.pending == 0 and", "", "recovery"),
     # it ends
     lua("complete", "owner", "if owned[sid] ~= count then", NEVER, "idempotency"),
+    lua("complete", "once in a call", "owned[sid] = 'settled'", "", "idempotency"),
     lua("complete", "XDEL", "redis.call('XDEL', KEYS[1], unpack(sids))", "", "idempotency"),
     lua("complete", "XACK", "redis.call('XACK', KEYS[1], ARGV[1], unpack(sids))", "", "idempotency"),
     lua("complete", "SADD", "redis.call('SADD', KEYS[6 + set], unpack(part))", "", "idempotency"),
@@ -223,6 +231,7 @@ GUARDS = (
         "memory",
     ),
     lua("fail", "owner", FENCE, NEVER, "dlq"),
+    lua("fail", "once in a call", "owned[mail.sid] = 'settled'", "", "dlq"),
     lua("fail", "the start is finished", "redis.call('HDEL', KEYS[3], mail.id)", "", "dlq"),
     lua("fail", "XACK", "redis.call('XACK', KEYS[1], ARGV[1], mail.sid)", "", "dlq"),
     lua("fail", "a buried entry leaves the stream", "redis.call('XDEL', KEYS[1], mail.sid)", "", "dlq"),
