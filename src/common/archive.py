@@ -88,6 +88,8 @@ class Archive:
 
     def put_all(self, raws: Sequence[Raw]) -> list[str]:
         """`put` for many mails, which together cost little more than one. Raises ArchiveUnavailable."""
+        if not raws:
+            return []
         refs = [ref_of(raw) for raw in raws]
         with self._reaching("kept"):
             self.store.put([(_path(ref), raw) for ref, raw in zip(refs, raws, strict=True)])

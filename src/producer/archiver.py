@@ -25,12 +25,11 @@ from functools import partial
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from src.common.archive import Archive, open_archive
 from src.common.exceptions import ArchiveUnavailable
 
-ROOT = Path(__file__).parents[2]
 PLACE = "ARCHIVER_PLACE"  # in the environment of the process: [url, data_dir] for `open_archive`, as JSON
 KEPT_BYTES = 1 << 20  # of a channel's memory, while it waits for its next mails
 END_SECONDS = 5.0  # for the process to end by itself
@@ -50,12 +49,11 @@ class Channel:
     def say(self, what: object) -> None:
         print(json.dumps(what), file=self.lines, flush=True)
 
-    def hear(self) -> list[str] | str:
+    def hear(self) -> Any:
         line = self.lines.readline()
-        if not line:
+        if not line.endswith("\n"):
             raise ConnectionResetError("it does not answer")
-        told: list[str] | str = json.loads(line)
-        return told
+        return json.loads(line)
 
     def write(self, mails: Sequence[bytes]) -> None:
         """With a map, want of memory would be a signal and not an error."""
@@ -99,10 +97,10 @@ class Archiver:
 
     def _references(self, channel: Channel) -> list[str]:
         try:
-            told = channel.hear()
+            told: list[str] | str = channel.hear()
+            channel.memory.truncate(KEPT_BYTES)
         except OSError as error:
             self._fail(error)
-        channel.memory.truncate(KEPT_BYTES)
         with self._lock:
             self._free.append(channel)
         if isinstance(told, str):
@@ -138,7 +136,7 @@ class Archiver:
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "src.producer.archiver"],
                     stdin=theirs.fileno(),
-                    env={**os.environ, "PYTHONPATH": str(ROOT), PLACE: self._place},
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), PLACE: self._place},
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -182,12 +180,14 @@ def main() -> None:
 
 def _serve(channel: Channel, archive: Archive) -> None:
     """Keep what is asked for over a channel until its other end is closed."""
-    with channel.lines, channel.memory, suppress(ConnectionError):
-        for lengths in map(json.loads, channel.lines):
+    with suppress(ConnectionError), channel.lines, channel.memory:
+        while True:
+            mails = channel.read(channel.hear())
             try:
-                channel.say(archive.put_all(channel.read(lengths)))
+                told: list[str] | str = archive.put_all(mails)
             except ArchiveUnavailable as error:
-                channel.say(str(error))
+                told = str(error)
+            channel.say(told)
 
 
 if __name__ == "__main__":

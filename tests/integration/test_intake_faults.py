@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from src.sandbox.server import Sandbox
+from tests.support.once import read_once
 from tests.support.pipeline import DEADLINE, Pipeline
 from tests.support.proxy import FaultProxy
 from tests.support.servers import Dovecot, RedisServer
@@ -193,6 +194,13 @@ def test_mail_above_max_message_bytes(either_source: Pipeline) -> None:
         with pipeline.worker():
             pipeline.wait_until_settled()
     pipeline.assert_accounted()
+
+
+def test_the_first_mail_of_all_is_too_large(pipeline: Pipeline) -> None:
+    """It enters as a stub at once: a group without raw mail asks nothing of an archive that does not exist yet."""
+    pipeline.deliver("large", body=b"0123456789abcdef\r\n" * 12_000)
+    assert read_once(pipeline, MAX_MESSAGE_BYTES="100000") == 0
+    pipeline.assert_accounted(waiting=pipeline.delivered)
 
 
 def test_idle_brings_mail_long_before_the_poll(either_source: Pipeline) -> None:
