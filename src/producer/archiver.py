@@ -182,9 +182,8 @@ def _serve(channel: Channel, archive: Archive) -> None:
     """Keep what is asked for over a channel until its other end is closed."""
     with suppress(ConnectionError), channel.lines, channel.memory:
         while True:
-            mails = channel.read(channel.hear())
             try:
-                told: list[str] | str = archive.put_all(mails)
+                told: list[str] | str = archive.put_all(channel.read(channel.hear()))
             except ArchiveUnavailable as error:
                 told = str(error)
             channel.say(told)
