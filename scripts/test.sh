@@ -36,10 +36,10 @@ if [ $# -gt 0 ]; then
 else
   ./scripts/check.sh || failed+=(checks)
   covered=() at_once=3 # most tests wait more than they work
-  [ ${#all[@]} -eq 0 ] || covered=(--cov=src --cov-report=term --cov-fail-under=90) at_once=2
+  [ ${#all[@]} -eq 0 ] || covered=(--cov=src --cov-report=term --cov-fail-under=90)
   .venv/bin/python -m pytest -n $at_once --dist worksteal ${covered[@]+"${covered[@]}"} || failed+=(tests)
   if [ ${#all[@]} -gt 0 ]; then
-    .venv/bin/python -m pytest --all -m full -n 2 --dist worksteal || failed+=("long tests")
+    .venv/bin/python -m pytest --all -m full -n $at_once --dist worksteal || failed+=("long tests")
   fi
 fi
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from itertools import accumulate
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -143,17 +144,18 @@ class Archiver:
 
     def end(self) -> None:
         """End the process; it has a moment for what it is at."""
-        self._control.close()
-        if self._process and not self._ended(END_SECONDS):
-            self._process.kill()
+        if self._process:
+            self._control.shutdown(socket.SHUT_WR)
+            if not self._ended(END_SECONDS):
+                self._process.kill()
 
     def _ended(self, seconds: float) -> str:
         """How the process ended, within `seconds`; "" if it did not."""
-        with self._lock, suppress(subprocess.TimeoutExpired):
-            code = self._process.wait(seconds) if self._process else None
-            if code is not None:
-                return f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}"
-        return ""
+        with self._lock:
+            if self._process is None or not wait([self._control], seconds):  # nothing comes over it but its end
+                return ""
+            code = self._process.wait()
+            return f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}"
 
 
 def _file_in_memory() -> FileIO:
