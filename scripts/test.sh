@@ -35,11 +35,11 @@ if [ $# -gt 0 ]; then
   .venv/bin/python -m pytest ${all[@]+"${all[@]}"} "$@" || failed+=(tests)
 else
   ./scripts/check.sh || failed+=(checks)
-  covered=() at_once=3 # most tests wait more than they work
-  [ ${#all[@]} -eq 0 ] || covered=(--cov=src --cov-report=term --cov-fail-under=90)
+  covered=() at_once=3 # most tests wait more than they work; not so where coverage is looked for
+  [ ${#all[@]} -eq 0 ] || covered=(--cov=src --cov-report=term --cov-fail-under=90) at_once=2
   .venv/bin/python -m pytest -n $at_once --dist worksteal ${covered[@]+"${covered[@]}"} || failed+=(tests)
   if [ ${#all[@]} -gt 0 ]; then
-    .venv/bin/python -m pytest --all -m full -n $at_once --dist worksteal || failed+=("long tests")
+    .venv/bin/python -m pytest --all -m full -n 3 --dist worksteal || failed+=("long tests")
   fi
 fi
 
