@@ -65,8 +65,6 @@ class CheckupCall(Protocol):
 
 
 Judge = Callable[[State, int, str, str], bool]  # (state, UID, INTERNALDATE, forgotten before) → is it to be published
-
-
 Keep = Callable[[Sequence[bytes]], Callable[[], list[str]]]  # see `src.producer.archiver.Archiver.keep`
 
 
