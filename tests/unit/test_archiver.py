@@ -152,3 +152,14 @@ def test_signals_that_go_to_all_do_not_end_it(archiver: Archiver) -> None:
         os.kill(pid, number)
     assert archiver.keep(MAILS)() == REFS
     assert processes() == [pid]
+
+
+def test_the_end_of_one_that_was_killed_is_no_error(archiver: Archiver) -> None:
+    """A producer stops in order although its archiver is gone; ending twice does nothing more."""
+    archiver.keep(MAILS[:1])()
+    [pid] = processes()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: gone(pid), 20, "it is gone")
+    archiver.end()
+    archiver.end()
+    assert processes() == []
