@@ -42,10 +42,11 @@ OF_A_GROUP = (
 
 @dataclass(frozen=True)
 class Channel:
-    """See above. `memory`: mails, one behind the other."""
+    """See above. `memory`: mails, one behind the other. `process`: of the producer's end, whose channel it is."""
 
     lines: TextIO
     memory: FileIO
+    process: subprocess.Popen[bytes] | None = None
 
     def say(self, what: object) -> None:
         print(json.dumps(what), file=self.lines, flush=True)
@@ -80,7 +81,7 @@ class Archiver:
         self._place = json.dumps([url, str(data_dir)])
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._control = socket.socket()
+        self._control: socket.socket | None = None
         self._free: list[Channel] = []
 
     def keep(self, mails: Sequence[bytes]) -> Callable[[], list[str]]:
@@ -103,7 +104,8 @@ class Archiver:
         except OSError as error:
             self._fail(error)
         with self._lock:
-            self._free.append(channel)
+            if channel.process is self._process:
+                self._free.append(channel)
         if isinstance(told, str):
             raise ArchiveUnavailable(told)
         return told
@@ -117,20 +119,23 @@ class Archiver:
     def _channel(self) -> Channel:
         """One that nobody uses. Raises OSError where none can be had."""
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
+            control = self._control
+            if control is None or self._process is None or self._process.poll() is not None:
+                control = self._start()
             if self._free:
                 return self._free.pop()
             memory = _file_in_memory()
             ours, theirs = socket.socketpair()
             with ours, theirs:
-                socket.send_fds(self._control, [b"+"], [theirs.fileno(), memory.fileno()])
-                return Channel(ours.makefile("rw", encoding="ascii"), memory)
+                socket.send_fds(control, [b"+"], [theirs.fileno(), memory.fileno()])
+                return Channel(ours.makefile("rw", encoding="ascii"), memory, self._process)
 
-    def _start(self) -> None:
+    def _start(self) -> socket.socket:
+        control, theirs = socket.socketpair()
+        if self._control:
+            self._control.close()
         self._free.clear()
-        self._control.close()
-        self._control, theirs = socket.socketpair()
+        self._control, self._process = control, None
         before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_GROUP)  # a new process begins with what is blocked here
         try:
             with theirs:
@@ -141,10 +146,11 @@ class Archiver:
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return control
 
     def end(self) -> None:
-        """End the process; it has a moment for what it is at."""
-        if self._process:
+        """End the process. What it is at nobody waits for by now: it is kept whole or not at all."""
+        if self._process and self._control:
             self._control.shutdown(socket.SHUT_WR)
             if not self._ended(END_SECONDS):
                 self._process.kill()
@@ -152,17 +158,17 @@ class Archiver:
     def _ended(self, seconds: float) -> str:
         """How the process ended, within `seconds`; "" if it did not."""
         with self._lock:
-            if self._process is None or not wait([self._control], seconds):  # nothing comes over it but its end
+            if not (self._process and self._control and wait([self._control], seconds)):  # nothing comes over it but its end
                 return ""
             code = self._process.wait()
             return f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}"
 
 
 def _file_in_memory() -> FileIO:
-    """A file without a name."""
-    if hasattr(os, "memfd_create"):
+    """A file without a name; on the disk where the system has none in memory (macOS), or refuses it (vm.memfd_noexec=2)."""
+    with suppress(AttributeError, PermissionError):
         return FileIO(os.memfd_create("raw mail"), "r+b")
-    with tempfile.TemporaryFile() as file:  # macOS
+    with tempfile.TemporaryFile() as file:
         return FileIO(os.dup(file.fileno()), "r+b")
 
 
@@ -173,7 +179,7 @@ def main() -> None:
     url, data_dir = json.loads(os.environ[PLACE])
     archive = open_archive(url, Path(data_dir))
     assert archive is not None, "with RAW_ARCHIVE=off nothing is asked for"
-    with socket.socket(fileno=sys.stdin.fileno()) as control:
+    with socket.socket(fileno=os.dup(sys.stdin.fileno())) as control:  # that one stays open to the very end, and tells of it
         while handles := socket.recv_fds(control, 1, 2)[1]:
             lines = socket.socket(fileno=handles[0]).makefile("rw", encoding="ascii")
             channel = Channel(lines, FileIO(handles[1], "r+b"))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
 from src.common.archive import Archive, Folder, ref_of
 from src.common.exceptions import ArchiveUnavailable
-from src.producer.archiver import KEPT_BYTES, Archiver
+from src.producer.archiver import KEPT_BYTES, PLACE, Archiver, Channel
 from tests.support.processes import family
 from tests.support.wait import until
 
@@ -163,3 +165,71 @@ def test_the_end_of_one_that_was_killed_is_no_error(archiver: Archiver) -> None:
     archiver.end()
     archiver.end()
     assert processes() == []
+
+
+def test_an_archive_that_hangs_holds_no_end_up(archiver: Archiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Syncs that never return: the process is killed in the end, which it could not bring about itself."""
+    patch = tmp_path / "patch"
+    patch.mkdir()
+    patch.joinpath("sitecustomize.py").write_text(
+        f"""
+import os, threading
+def hang(handle, sync=os.fsync):
+    if os.path.exists({str(patch / "now")!r}):
+        open({str(patch / "hangs")!r}, "w").close()
+        threading.Event().wait()
+    sync(handle)
+if {PLACE!r} in os.environ:
+    os.fsync = hang
+"""
+    )
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(patch)
+        patched.setattr("src.producer.archiver.END_SECONDS", 0.5)
+        assert archiver.keep([MAILS[1]])() == [REFS[1]]
+        patch.joinpath("now").touch()
+        archiver.keep(MAILS)
+        until(patch.joinpath("hangs").exists, 60, "it hangs")
+        with ThreadPoolExecutor() as pool:
+            pool.submit(archiver.end).result(60)
+        until(lambda: all(map(gone, processes())), 60, "it is killed")
+    assert archiver.keep(MAILS)() == REFS
+
+
+def test_want_of_handles_is_an_archive_that_is_away(archiver: Archiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while a new process would have to be started: it is said, tried again, and the end is none the worse for it."""
+    assert archiver.keep([MAILS[1]])() == [REFS[1]]
+    [pid] = processes()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: gone(pid), 20, "it ended")
+
+    def none_left(*args: object) -> NoReturn:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("socket.socketpair", none_left)
+        for _ in range(2):
+            with pytest.raises(ArchiveUnavailable, match=r"Too many open files|ended by signal 9"):
+                archiver.keep([MAILS[2]])()
+        archiver.end()
+    assert archiver.keep([MAILS[2]])() == [REFS[2]]
+
+
+def test_an_answer_of_one_that_ended_meanwhile_leaves_nothing_behind(archiver: Archiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its channel is not given to the next group, which the next process keeps at once."""
+    waited_for = archiver.keep([MAILS[1]])
+    hear = Channel.hear
+
+    def late(channel: Channel) -> Any:
+        told = hear(channel)
+        monkeypatch.setattr(Channel, "hear", hear)
+        [pid] = processes()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: gone(pid), 20, "it ended")
+        assert archiver.keep([MAILS[2]])() == [REFS[2]], "another thread's group"
+        return told
+
+    monkeypatch.setattr(Channel, "hear", late)
+    assert waited_for() == [REFS[1]]
+    both = [archiver.keep([MAILS[3]]), archiver.keep([MAILS[4]])]
+    assert [group() for group in both] == [[REFS[3]], [REFS[4]]]
