@@ -232,7 +232,8 @@ def open_archive(url: str | None, data_dir: Path) -> Archive | None:
     if url is None:
         return Archive(Folder(data_dir / "raw"))
     if url.startswith("file:"):
-        return Archive(Folder(Path(url.removeprefix("file:").removeprefix("//"))))
+        root = Path(url.removeprefix("file:").removeprefix("//"))
+        return Archive(Folder(root, data_dir / "archives" / hashlib.sha256(os.fsencode(root)).hexdigest()[:16]))
     from src.common.bucket import open_bucket  # asyncio and much else, which a folder needs not
 
     return Archive(open_bucket(url))
@@ -242,10 +243,12 @@ def open_archive(url: str | None, data_dir: Path) -> Archive | None:
 class Folder:
     """A folder of this machine, or one that is mounted: files 0600, folders 0700, written aside, fsynced, renamed.
 
-    The lock keeps a sweep from removing a file that is being kept anew at the same moment.
+    The lock keeps a sweep from removing a file that is being kept anew at the same moment. `memory`: a file on another disk that says
+    that this was an archive: where it is none any more a mount is missing, and mail kept below would be out of sight once it is back.
     """
 
     root: Path
+    memory: Path | None = None
 
     @property
     def place(self) -> str:
@@ -274,11 +277,18 @@ class Folder:
                     os.unlink(aside)  # noqa: PTH108  # as in `_name`
             raise
         at_once(_sync, {f"{self.root}/{_folder(path)}" for path, _ in files})
+        if self.memory and not self.memory.exists():
+            self.memory.parent.mkdir(parents=True, exist_ok=True)
+            self.memory.write_text(f"{self.root}\n")
 
     def _lay(self, aside: str, data: Raw) -> None:
         try:
             handle = os.open(aside, _NEW, 0o600)
         except FileNotFoundError:
+            if self.memory and self.memory.exists() and not self.begun():
+                raise OSError(
+                    errno.ENXIO, f"it was an archive and is none now; to begin anew there, remove {self.memory}"
+                ) from None
             self.root.parent.mkdir(parents=True, exist_ok=True)
             _make(self.root)
             _make(self.root / ASIDE)

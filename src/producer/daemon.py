@@ -27,7 +27,14 @@ from src.common import pauses, tracing
 from src.common.archive import open_archive, references
 from src.common.circuit_breaker import Breakers
 from src.common.clock import Clock, iso
-from src.common.exceptions import ConfigurationError, MailboxMissing, ReauthRequired, TokenEndpointUnavailable, Transient
+from src.common.exceptions import (
+    ConfigurationError,
+    MailboxMissing,
+    ReauthRequired,
+    ScriptRefused,
+    TokenEndpointUnavailable,
+    Transient,
+)
 from src.common.health import Beats, Page, intake_reasons, liveness, readiness
 from src.common.keys import Keys
 from src.common.redis_client import REDIS_OPEN_SECONDS, RedisClient, is_away
@@ -52,7 +59,8 @@ log = logging.getLogger(__name__)
 
 FIRST_PORT = 8080
 METRICS_PORT = 9090
-SWEEP_SECONDS = 6 * 3600.0
+SWEEP_SECONDS = 6 * 3600.0  # between two sweeps of the raw archive, whichever process of DATA_DIR they are of
+SWEEP_LOOK_SECONDS = 600.0  # between two looks whether one is due
 WELL = ("STARTING", "CONNECTED", "STANDBY", "STOPPED")
 GMAIL_HOSTS = ("imap.gmail.com", "imap.googlemail.com")
 
@@ -146,7 +154,7 @@ class Producer:
                 states=StateManager(redis, keys, account, name, uuid.uuid4().hex),
                 marker_file=MarkerFile(settings.run.data_dir, account, name),
                 tokens=access.credentials,
-                connect=lambda secret: ImapMailbox(server, account, name, secret),
+                connect=lambda secret, alive: ImapMailbox(server, account, name, secret, alive),
                 clock=clock,
                 new_id=lambda: secrets.token_hex(8),
                 shutdown=shutdown,
@@ -172,7 +180,7 @@ class Producer:
     def ask_for(self, day: date) -> None:
         """All mail since `day` is looked at again, by whoever reads the mailbox."""
         for mailbox in self.mailboxes:
-            mailbox.pulse.ask_redis(partial(mailbox.states.request_resync, day.isoformat()))
+            mailbox.pulse.ask_redis(partial(mailbox.states.request_look, day.isoformat()))
         self._asked_for = day.isoformat()
 
     def run(self) -> None:
@@ -196,7 +204,7 @@ class Producer:
         watch.start(self.settings.redis.socket_timeout)
         readers = [shutdown.guard(mailbox.title, mailbox.run) for mailbox in self.mailboxes]
         shutdown.guard("leases", self._keep_leases)
-        shutdown.guard("sweep", self._sweep)
+        shutdown.guard("sweep", self._keep_sweeping)
         end_within = 2 * run.shutdown_timeout + 4 * self.settings.redis.socket_timeout
         shutdown.guard("watchdog", Watchdog(self.beats, run.hang_timeout, end_within, shutdown, self.clock).run)
         log.info("producer reads %s into %s", ", ".join(mailbox.title for mailbox in self.mailboxes), self.settings.stream.name)
@@ -235,7 +243,9 @@ class Producer:
                 log.error("%s: %s", mailbox.title, error)
                 (refused if isinstance(error, ReauthRequired) else wrong).append(str(error))
             finally:
-                mailbox.states.let_go()
+                mailbox.let_go()
+        if not self.shutdown.requested:
+            self._sweep()
         self.stopped.set()
         self.archiver.end()
         self._report()
@@ -337,22 +347,28 @@ class Producer:
             else:
                 mailbox.reader.resync, mailbox.reader.epoch = answer.resync, answer.epoch
             self._unrenewed.discard(mailbox.title)
-        except Transient as error:
+        except (Transient, ScriptRefused) as error:
             level = logging.DEBUG if mailbox.title in self._unrenewed else logging.WARNING
             log.log(level, "%s: the lease could not be renewed: %s", mailbox.title, error)
             self._unrenewed.add(mailbox.title)
 
+    def _keep_sweeping(self) -> None:
+        while not self.stopped.wait(SWEEP_LOOK_SECONDS):
+            self._sweep()
+
     def _sweep(self) -> None:
-        """Several times a day, remove raw mail that nobody needs any more."""
-        while self.archive is not None and not self.stopped.wait(SWEEP_SECONDS):
-            keep = self.settings.run.raw_retention * 86_400
-            try:
-                needed = references(self.redis, self.keys)
-                removed = self.archive.sweep(needed, older_than=keep, now=self.clock.wall())
-            except Transient as error:
-                log.warning("raw mail could not be swept: %s", error)
-            else:
-                log.info("raw mail: %d files removed, %d still needed", removed, len(needed))
+        """Remove raw mail that nobody needs any more, where that is due."""
+        last, now = self.settings.run.data_dir / "swept", self.clock.wall()
+        if self.archive is None or (last.exists() and now.timestamp() - last.stat().st_mtime < SWEEP_SECONDS):
+            return
+        try:
+            needed = references(self.redis, self.keys)
+            removed = self.archive.sweep(needed, older_than=self.settings.run.raw_retention * 86_400, now=now)
+            last.touch()
+        except (Transient, OSError) as error:
+            log.warning("raw mail could not be swept: %s", error)
+        else:
+            log.info("raw mail: %d files removed, %d still needed", removed, len(needed))
 
     def _join(self, readers: list[threading.Thread]) -> None:
         deadline = self.clock.monotonic() + self.settings.run.shutdown_timeout

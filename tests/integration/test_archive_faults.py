@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from src.common.archive import Archive, Folder
+from src.common.archive import Archive, Folder, ref_of
 from src.mail.record import gmail_email_id
 from src.producer.archiver import KEPT_BYTES
 from src.sandbox.server import Sandbox
+from tests.integration.test_commands import finished
 from tests.support.daemons import Daemon
 from tests.support.once import read_once, reading
 from tests.support.pipeline import DEADLINE, Pipeline
@@ -184,3 +185,20 @@ def test_a_first_read_under_attack(pipeline: Pipeline, sandbox: Sandbox, seed: i
     assert_kept(pipeline, raws)
     own = f"producer_state:{pipeline.account}:INBOX"
     assert pipeline.client.mget(f"{own}:last_uid", f"{own}:email_count") == ["200", "200"]
+
+
+def test_reads_from_time_to_time_remove_raw_mail_as_a_daemon_does(pipeline: Pipeline) -> None:
+    """--once from cron: what nobody needs any more goes, what is unfinished stays; the next one within six hours leaves it at that."""
+    pipeline.deliver("unfinished")
+    finished(pipeline.producer("--once"))
+    root = pipeline.tmp / "data" / "raw"
+    [kept] = root.glob("?/*")
+    archive = Archive(Folder(root))
+    old = root / archive.put(b"nobody's").removeprefix("sha256:")[0] / ref_of(b"nobody's").removeprefix("sha256:")
+    for file in (kept, old):
+        os.utime(file, (0, 0))
+    assert "files removed" not in finished(pipeline.producer("--once"))
+    os.utime(pipeline.tmp / "data" / "swept", (0, 0))
+    assert "raw mail: 1 files removed, 1 still needed" in finished(pipeline.producer("--once"))
+    assert list(root.glob("?/*")) == [kept]
+    pipeline.assert_accounted(waiting=pipeline.delivered)

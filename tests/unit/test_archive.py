@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -259,6 +260,30 @@ def test_only_a_hash_is_a_reference(folder: Archive, raw_ref: str) -> None:
         folder.get(raw_ref)
 
 
+def test_a_mount_that_is_missing_is_no_new_archive(tmp_path: Path) -> None:
+    """What was an archive and is an empty folder now, or no folder, waits for its mount; nothing is written below it."""
+    mount, away = tmp_path / "mnt", tmp_path / "away"
+    archive = open_archive(f"file:{mount}/raw", tmp_path / "data")
+    assert archive is not None
+    reference = archive.put(MAIL)
+    mount.rename(away)
+    for below in (mount.mkdir, mount.joinpath("raw").mkdir, lambda: shutil.rmtree(mount)):
+        below()
+        with pytest.raises(
+            ArchiveUnavailable, match=r"raw cannot be had \(it was an archive and is none now; .* remove .*\)\. Mount"
+        ):
+            archive.put(b"other")
+    assert not mount.exists()
+    away.rename(mount)
+    archive.put(b"other")
+    assert (archive.get(reference), archive.get(ref_of(b"other"))) == (MAIL, b"other")
+    shutil.rmtree(mount)
+    [memory] = (tmp_path / "data" / "archives").iterdir()
+    assert memory.read_text() == f"{mount}/raw\n"
+    memory.unlink()
+    assert archive.get(archive.put(MAIL)) == MAIL
+
+
 # --- sweeping -----------------------------------------------------------------------------------------------------------
 
 
@@ -379,8 +404,8 @@ def test_the_setting_names_the_place(tmp_path: Path) -> None:
     """Unset: below DATA_DIR; file: with a relative and an absolute folder; off: none."""
     assert open_archive("off", tmp_path) is None
     assert open_archive(None, tmp_path) == Archive(Folder(tmp_path / "raw"))
-    assert open_archive("file:data/raw", tmp_path) == Archive(Folder(Path("data/raw")))
-    assert open_archive("file:///var/mail-raw", tmp_path) == Archive(Folder(Path("/var/mail-raw")))
+    opened = [open_archive(url, tmp_path) for url in ("file:data/raw", "file:///var/mail-raw")]
+    assert [str(archive.store.root) for archive in opened if archive] == ["data/raw", "/var/mail-raw"]
     assert open_archive("memory://x", tmp_path) == Archive(Bucket("memory://x"))
     assert list(tmp_path.iterdir()) == []
 
