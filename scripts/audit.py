@@ -28,6 +28,7 @@ from src.imap.imap_client import ImapMailbox
 from src.producer import audit, repair
 from src.producer.audit import Auditor, Balance, Judged
 from src.producer.daemon import Access, NoUsableToken, Producer, accesses, imap_endpoint
+from src.producer.plan import LATE
 from src.producer.repair import Findings
 from src.producer.state_manager import Held, StateManager
 
@@ -146,10 +147,8 @@ class Audit:
             self._publish(access, mailbox, states, rest)
 
     def _publish(self, access: Access, mailbox: str, states: StateManager, mails: Sequence[Judged]) -> None:
-        request = audit.oldest_day(mails)
-        if not self._wait(lambda: states.request_look(request)):
-            say(f"{mailbox}: another look is asked for already and not done yet: try again later")
-            return
+        request = f"{LATE}{audit.oldest_day(mails)}"
+        states.request_look(request)
         alone = replace(
             access, account=replace(access.account, mail=access.account.mail.model_copy(update={"mailboxes": (mailbox,)}))
         )
@@ -158,7 +157,7 @@ class Audit:
         [reader] = producer.mailboxes
         if not isinstance(reader.states.acquire(alone.account.mail.lease), Held):
             producer.run_once()
-        elif not self._wait(lambda: not states.requested()):
+        elif not self._wait(lambda: request not in states.requested().split(",")):
             say(f"{reader.title}: the producer that reads it has not looked again yet; it will: try again later")
 
     def _wait(self, condition: Callable[[], bool]) -> bool:

@@ -24,4 +24,4 @@ SYSTEM = Clock(wall=lambda: datetime.now(UTC), monotonic=time.monotonic)
 
 def iso(moment: datetime) -> str:
     """ISO 8601 in UTC with a `Z`, to the second: the form every stored date has."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

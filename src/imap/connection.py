@@ -76,11 +76,13 @@ class ImapEndpoint:
             raise ConfigurationError(f"IMAP security none would send the token to {self.host} in the clear; use tls")
 
 
-def connect(endpoint: ImapEndpoint) -> Any:
+def connect(endpoint: ImapEndpoint, alive: Callable[[], None]) -> Any:
+    """`alive`: called whenever a piece of a long answer has come: on a slow line one takes minutes."""
     context = _tls_context(endpoint) if endpoint.security == "tls" else None
     client = _Client(endpoint.host, endpoint.port, ssl=context is not None, ssl_context=context, timeout=endpoint.timeout)
     client.normalise_times = False
     client._imap.debug = 0  # IMAPClient sets 5: each literal would be formatted twice
+    client._imap.alive = alive
     return client
 
 
@@ -114,6 +116,7 @@ class _Connection(imaplib.IMAP4):
         self._context = context
         self._patience = timeout
         self._received = bytearray()
+        self.alive: Callable[[], None] = lambda: None
         super().__init__(host, port)
 
     def open(self, host: str = "", port: int = 143, timeout: float | None = None) -> None:
@@ -131,6 +134,7 @@ class _Connection(imaplib.IMAP4):
         literal.write(self._take(size))
         while (missing := size - literal.tell()) > 0 and (data := self.sock.recv(min(missing, CHUNK_BYTES))):
             literal.write(data)
+            self.alive()
         return literal.getvalue()
 
     def readline(self) -> bytes:

@@ -93,7 +93,8 @@ class Listed:
 class ImapMailbox:
     """A context manager: entering connects, logs in and EXAMINEs; leaving logs out and never raises.
 
-    `mailbox`: a name, or a special use (`\\All`) under whatever name the server has it. `secret`: see `ImapEndpoint.login`.
+    `mailbox`: a name, or a special use (`\\All`) under whatever name the server has it. `secret`: see `ImapEndpoint.login`. `alive`: see
+    `connect`.
     Every call raises ImapUnavailable once the session is broken. Entering also raises LoginRefused (AUTHENTICATE or LOGIN
     answered NO; the text holds the bracketed code and the XOAUTH2 challenge), ReauthRequired (IMAP is switched off for the
     account), MailboxMissing, ConfigurationError (`ca_file`, no way to log in with a password). Not for use by several threads.
@@ -101,18 +102,21 @@ class ImapMailbox:
 
     folder: Folder
 
-    def __init__(self, endpoint: ImapEndpoint, account: str, mailbox: str, secret: str) -> None:
+    def __init__(
+        self, endpoint: ImapEndpoint, account: str, mailbox: str, secret: str, alive: Callable[[], None] = lambda: None
+    ) -> None:
         self._endpoint = endpoint
         self._account = account
         self._mailbox = mailbox
         self._secret = secret
+        self._alive = alive
         self._client: Any = None
         self._asked: tuple[Sequence[int], bytes] | None = None  # (UIDs, tag) of a FETCH whose answer was not read yet
         self._came: tuple[Sequence[int], dict[int, dict[bytes, Any]]] = ((), {})
 
     def __enter__(self) -> Self:
         with translated(self._endpoint, self._cut):
-            self._client = connect(self._endpoint)
+            self._client = connect(self._endpoint, self._alive)
             log_in(self._client, self._endpoint.login, self._account, self._secret)
             self.folder = _examine(self._client, self._mailbox)
         return self
@@ -273,7 +277,7 @@ def list_mailboxes(endpoint: ImapEndpoint, account: str, secret: str) -> tuple[l
 
     LIST, and a STATUS for each mailbox. Raises what entering an ImapMailbox raises.
     """
-    with translated(endpoint, lambda: None), closing(connect(endpoint)) as client:
+    with translated(endpoint, lambda: None), closing(connect(endpoint, lambda: None)) as client:
         log_in(client, endpoint.login, account, secret)
         gmail = client.has_capability("X-GM-EXT-1")
         listed = [_listed(client, flags, name) for flags, _, name in client.list_folders()]

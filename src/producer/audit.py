@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date, timedelta
+from datetime import date
 from typing import Literal
 
 from src.common.exceptions import ImapIncomplete
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
 from src.producer import plan
-from src.producer.plan import State
+from src.producer.plan import State, before
 from src.producer.reader import Session, identity_of
 from src.producer.reprocess import results
 from src.producer.state_manager import Identity, Place, StateManager
@@ -162,9 +162,7 @@ class Auditor:
         state = self.states.look()
         if state is not None and state.uidvalidity != session.folder.uidvalidity:
             state = None
-        uids = (
-            session.uids_since(since - timedelta(days=1)) if since else session.uids_from(1)
-        )  # the server's zone may be a day off
+        uids = session.uids_since(before(since)) if since else session.uids_from(1)  # the server's zone may be a day off
         finished: set[str] | None = None
         for first in range(0, len(uids), PAGE):
             sighted, absent = self._sighted(session, uids[first : first + PAGE])

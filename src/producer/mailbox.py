@@ -45,9 +45,9 @@ REAUTH_SECONDS = 3600.0  # what was refused is tried again so much later, unless
 MISCONFIGURED_SECONDS = 60.0
 LOOK_SECONDS = 2.0  # between two looks at that file
 PAUSE_SECONDS = 1.0  # between two looks whether somebody resumed it
-BACKOFF_CAP = 300.0  # longest wait between two sessions that break off
+BACKOFF_CAP = 300.0  # longest wait between two sessions that break off, and between two tries to open one
 SHORT_SECONDS = 60.0  # a session that broke off sooner counts as one that breaks off again and again
-WAITED_FOR = (NotOurs, ImapIncomplete, ImapThrottled, BreakerOpen, ImapUnavailable)  # what is over by itself
+WAITED_FOR = (NotOurs, Transient)  # what is over by itself
 
 STATES = (
     "STARTING",
@@ -110,11 +110,12 @@ def reason_of(error: Exception) -> str:
 
 @dataclass
 class Mailbox:
-    """`connect`: access token or password → a session, not yet entered. `new_id`: a fresh random id. `breaker`: of the IMAP server,
-    shared by the mailboxes on it. `gate`: why nothing may be taken in now, "" if it may. `pause`: why somebody holds this mailbox up
-    since its session began, "" if nobody does. `keep`, `checkup`, `fetching`, `publishing`: see `Reader`. `status` and `why`: see `state`.
-    `token`: what was known of the token at the last login. `reconnects`: sessions that ended or could not be opened, by `REASONS`.
-    `owns`: we hold its lease, as far as we know: it is to be renewed. `broken`: sessions that broke off soon, one after the other."""
+    """`connect`: (access token or password, what it calls while an answer comes) → a session, not yet entered. `new_id`: a fresh random
+    id. `breaker`: of the IMAP server, shared by the mailboxes on it. `gate`: why nothing may be taken in now, "" if it may. `pause`: why
+    somebody holds this mailbox up since its session began, "" if nobody does. `keep`, `checkup`, `fetching`, `publishing`: see `Reader`.
+    `status` and `why`: see `state`. `token`: what was known of the token at the last login. `reconnects`: sessions that ended or could not
+    be opened, by `REASONS`. `owns`: we hold its lease, as far as we know: it is to be renewed. `broken`: sessions that broke off soon, one
+    after the other."""
 
     settings: Settings
     account: str
@@ -122,7 +123,7 @@ class Mailbox:
     states: StateManager
     marker_file: MarkerFile
     tokens: Tokens
-    connect: Callable[[str], AbstractContextManager[Session]]
+    connect: Callable[[str, Callable[[], None]], AbstractContextManager[Session]]
     clock: Clock
     new_id: Callable[[], str]
     shutdown: Shutdown
@@ -214,14 +215,11 @@ class Mailbox:
                     self._in_session(state, forever=True)
             except (ReauthRequired, MailboxMissing, ConfigurationError) as error:
                 self._disabled(error, stamp)
-            except WAITED_FOR as error:
+            except (*WAITED_FOR, ScriptRefused) as error:
                 self._wait_for(error)
-            except (Transient, ScriptRefused) as error:
-                log.warning("%s: %s; trying again", self.title, error)
-                self.pulse.pause(1.0)
         self.status = "STOPPED"
         self.beats.ended(self.title)
-        self._let_go()
+        self.let_go()
 
     def run_once(self) -> None:
         """Read what is there now and return; what is transient is waited for. Raises what only a person can mend."""
@@ -247,7 +245,7 @@ class Mailbox:
             self._rest(error)
         elif isinstance(error, BreakerOpen):
             self._wait_for_reopening(error)
-        elif isinstance(error, ImapUnavailable):
+        else:
             self._broke_off(error)
 
     def _held_up(self) -> bool:
@@ -255,7 +253,7 @@ class Mailbox:
         why = self.pause() or self.pulse.ask_redis(self.states.paused)
         if why and self.status != "PAUSED":
             log.warning("%s: %s", self.title, why)
-            self._let_go()
+            self.let_go()
         if why:
             self.status, self.why = "PAUSED", why
             self.pulse.pause(PAUSE_SECONDS)
@@ -304,26 +302,28 @@ class Mailbox:
         status, seconds = ("REAUTH_REQUIRED", REAUTH_SECONDS) if refused else ("MISCONFIGURED", MISCONFIGURED_SECONDS)
         if refused or self.why != str(error):
             log.error("%s: %s: %s", self.title, status, error)
-        self._let_go()
+        self.let_go()
         self.status, self.why = status, str(error)
         again = self.clock.monotonic() + seconds
         while self.tokens.stamp() == stamp and self.clock.monotonic() < again:
             if self.pulse.pause(LOOK_SECONDS):
                 return
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Give its lease up."""
         self.owns = False
         with suppress(IngestionError):  # then a standby waits for the lease to end
             self.states.let_go()
 
-    def _broke_off(self, error: ImapUnavailable) -> None:
+    def _broke_off(self, error: Exception) -> None:
         """Servers end sessions about once an hour: no news. What breaks off again and again gets longer and longer pauses."""
         if self.clock.monotonic() - self.entered > SHORT_SECONDS:
             self.broken = 0
         normal = session_over(str(error)) and not self.broken
         if not normal:
             self._disconnected(error)
-        log.log(logging.DEBUG if normal else logging.INFO, "%s: %s; connecting again", self.title, error)
+        usual = logging.INFO if isinstance(error, ImapUnavailable) else logging.WARNING
+        log.log(logging.DEBUG if normal else usual, "%s: %s; connecting again", self.title, error)
         self.pulse.pause(min(0.5 * 2**self.broken, BACKOFF_CAP))
         self.broken = min(self.broken + 1, 16)
 
@@ -412,10 +412,10 @@ class Mailbox:
         Raises BreakerOpen while the server is left alone: that ends the retry, for whoever may try next decides for all.
         """
 
-        @retry_on_imap_error(self.shutdown)
+        @retry_on_imap_error(self.shutdown, BACKOFF_CAP)
         def enter() -> _Entered:
-            self.pulse.turn()
-            manager = self.connect(secret)
+            self.pulse.turn(BACKOFF_CAP)  # the pause after it counts in
+            manager = self.connect(secret, self.pulse.turn)
             try:
                 return _Entered(manager, self.breaker.call(manager.__enter__))
             except ImapUnavailable as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Literal
 
 from src.common.clock import iso
@@ -146,14 +146,19 @@ def first_threshold(initial_sync: str, now: datetime) -> str:
 
 
 def _day_before(day: str) -> str:
-    return iso(datetime.combine(date.fromisoformat(day), datetime.min.time(), UTC) - timedelta(days=1)) if day else ""
+    return f"{before(date.fromisoformat(day))}T00:00:00Z" if day else ""
+
+
+def before(day: date) -> date:
+    """The day before; of the first day there is, itself: mail may bear any date."""
+    return day - timedelta(days=1) if day > date.min else day
 
 
 def search_day(state: State) -> date | None:
     """The day for SEARCH SINCE that surely shows every mail from the boundary on (the server's zone may be a day off); None: all."""
     if not state.boundary or state.last_uid >= state.horizon:
         return None
-    return datetime.fromisoformat(state.boundary).date() - timedelta(days=1)
+    return before(datetime.fromisoformat(state.boundary).date())
 
 
 def candidates(state: State, listed: Sequence[int], dated: Collection[int] | None) -> list[int]:

@@ -46,8 +46,8 @@ MARKER_SECONDS = 10.0  # how far the marker may lag behind where nothing is at s
 class Session(Protocol):
     """What is needed of `src.imap.imap_client.ImapMailbox`."""
 
-    folder: Folder
-
+    @property
+    def folder(self) -> Folder: ...
     def uids_from(self, first: int) -> list[int]: ...
     def uids_since(self, day: date, first: int = 1) -> list[int]: ...
     def has(self, uid: int) -> bool: ...
@@ -65,6 +65,7 @@ class CheckupCall(Protocol):
 
 
 Judge = Callable[[State, int, str, str], bool]  # (state, UID, INTERNALDATE, forgotten before) → is it to be published
+Lack = Literal["data", "body"]  # what the server withholds of a mail: everything; what was to be read of it
 Keep = Callable[[Sequence[bytes]], Callable[[], list[str]]]  # see `src.producer.archiver.Archiver.keep`
 
 
@@ -82,8 +83,8 @@ class Reader:
     """Reads one mailbox through whatever session it is given. `new_id`: a fresh random id.
 
     `keep`: takes raw mail into the archive. `gate`: why nothing may be taken in now, "" if it may. `checkup`: mends what in Redis only
-    someone else can have broken. `paused`: why intake waits, "" if it does not; `only_old`: new mail does not wait. `resync`: ISO date
-    from which to look again, "" for none; with `late:` before it only for mail that should be known. `unaccounted`: how many mails the
+    someone else can have broken. `paused`: why intake waits, "" if it does not; `only_old`: new mail does not wait. `resync`: the
+    requests to look again (`StateManager.request_look`), "" for none. `unaccounted`: how many mails the
     last look back found known nowhere although they count, or deleted from Redis by hand; they are published at once. For /status:
     `last_uid`, `waiting` (mails listed without a fate yet), `contact` (when the server last answered, monotonic), `rereading` (Redis had
     forgotten the mailbox).
@@ -130,8 +131,9 @@ class Reader:
     _newest: str = ""
     _marker: Marker | None = None
     _marker_written: float = 0.0
-    _tries: dict[int, int] = field(default_factory=dict)
-    _given_up: set[int] = field(default_factory=set)
+    _numbering: int = 0  # the UIDVALIDITY of these three
+    _tries: dict[tuple[Lack, int], int] = field(default_factory=dict)
+    _given_up: set[tuple[Lack, int]] = field(default_factory=set)
     _gone: set[int] = field(default_factory=set)
 
     # how to begin
@@ -140,6 +142,9 @@ class Reader:
         """Decide how to begin, and record it if anything is new: before the first mail of a read is published."""
         folder = session.folder
         self._next_look_back = 0.0
+        if self._numbering != folder.uidvalidity:
+            self._numbering = folder.uidvalidity
+            self._tries, self._given_up, self._gone = {}, set(), set()
         if state is not None and state.uidvalidity == folder.uidvalidity:
             self.rereading = state.first_complete and state.last_uid < state.horizon
             if self._marker is None:
@@ -192,22 +197,24 @@ class Reader:
             log.warning(
                 "%s: Redis came back older (%s): mail since then is read again, effects may repeat", self.pulse.title, older
             )
-            self.pulse.ask_redis(partial(self.states.request_look, plan.look_since(marker)))
-            self.resync = self.pulse.ask_redis(self.states.requested)
+            self.resync = self.pulse.ask_redis(partial(self.states.request_look, f"{plan.LATE}{plan.look_since(marker)}"))
 
     def settle_absent(self, session: Session) -> None:
-        """Mails whose data the server withheld: gone if the folder does not show them twice, a stub after the last try."""
-        for uid, tries in list(self._tries.items()):
+        """Mails of which the server withheld something: gone if the folder does not show them twice, given up after the last try."""
+        for (lack, uid), tries in list(self._tries.items()):
             if not session.has(uid) and not session.has(uid):
                 log.info("%s: UID %d is gone from the folder", self.pulse.title, uid)
                 self._gone.add(uid)
-                del self._tries[uid]
+                del self._tries[lack, uid]
             elif tries >= TRIES:
                 log.error(
-                    "%s: UID %d was asked for %d times without an answer: it enters as a stub", self.pulse.title, uid, tries
+                    "%s: UID %d was asked for %d times without an answer: it enters as a stub, if it was not read before",
+                    self.pulse.title,
+                    uid,
+                    tries,
                 )
-                self._given_up.add(uid)
-                del self._tries[uid]
+                self._given_up.add((lack, uid))
+                del self._tries[lack, uid]
 
     # what is new
 
@@ -261,18 +268,18 @@ class Reader:
         """UIDs may become visible late, and Redis may lose what it knew: look again at the last 1,000, every hour at two days, and as far
         back as someone asked."""
         self._checked = False
-        if self.resync:
-            since = date.fromisoformat(self.resync.removeprefix(plan.LATE))
-            found = session.uids_since(since - timedelta(days=1))
+        while self.resync:
+            request = self.resync.partition(",")[0]
+            since = date.fromisoformat(request.removeprefix(plan.LATE))
+            found = session.uids_since(plan.before(since))
             log.info("%s: looking again at %d mails since %s", self.pulse.title, len(found), since)
-            late = self.resync.startswith(plan.LATE)
+            late = request.startswith(plan.LATE)
             self._read_passed(
                 session, state, found, plan.counts_late if late else partial(plan.counts_asked, f"{since}T00:00:00Z")
             )
             if self.pulse.shutdown.requested:
                 return
-            self.pulse.ask_redis(self.states.resync_done)
-            self.resync = ""
+            self.resync = self.pulse.ask_redis(partial(self.states.look_done, request))
         now = self.clock.monotonic()
         if now < self._next_look_back or state.last_uid < state.horizon:
             return
@@ -292,7 +299,7 @@ class Reader:
         days = [self.clock.wall().date() - timedelta(days=3)]
         if deleted:
             since = plan.all_open_since(self.pulse.ask_redis(self.states.open_days), self.account, self.name)
-            days += [since - timedelta(days=1)] if since else []
+            days += [plan.before(since)] if since else []
         return set(session.uids_since(min(days)))
 
     def _read_passed(self, session: Session, state: State, uids: Sequence[int], judge: Judge) -> None:
@@ -330,8 +337,13 @@ class Reader:
         self.pulse.turn()
         metas = session.meta(uids)
         self.answered()
-        metas.update({uid: Meta(uid, "", 0, "", "", (), b"") for uid in uids if uid in self._given_up and uid not in metas})
-        ready, absent = plan.prefix([uid for uid in uids if uid not in self._gone], metas.keys())
+        for uid in metas:
+            self._forgive("data", uid)
+        silent = {uid for uid in uids if ("data", uid) in self._given_up}
+        if moves:  # elsewhere it has a fate already: another one, by its place alone, would be a second
+            metas.update({uid: Meta(uid, "", 0, "", "", (), b"") for uid in silent})
+        out = (self._gone | silent) - metas.keys()
+        ready, absent = plan.prefix([uid for uid in uids if uid not in out], metas.keys())
         identities = {uid: self._identity(session.folder, metas[uid]) for uid in ready}
         self._newest = max([self._newest, *(metas[uid].internal_date for uid in ready)])
         fresh, wanted = self._wanted(state, metas, identities, judge, moves=moves)
@@ -362,13 +374,15 @@ class Reader:
             for batch in split(mails, lambda mail: mail.size, most=len(group), most_bytes=PUBLISH_BYTES):
                 moved = plan.advanced(state, batch[-1].uid, left_out, passed) if moves else state
                 state = self._publish(batch, state, moved, session)
+                for mail in batch:
+                    self._forgive("body", mail.uid)
             if withheld:
-                self._missed(withheld)
+                self._missed("body", withheld)
         if moves and ready:
             moved = plan.advanced(state, ready[-1], left_out, passed)
             state = self._publish([], state, moved) if moved != state else state
         if absent:
-            self._missed(absent)
+            self._missed("data", absent)
         return state
 
     def _wanted(
@@ -406,6 +420,7 @@ class Reader:
                 said = True
                 self.paused, self.only_old = "DAILY_BYTES are spent: old mail waits until midnight UTC, new mail goes on", True
                 log.warning("%s: %s", self.pulse.title, self.paused)
+            self.gate()  # what was paused by hand is left
             if self.pulse.pause(AHEAD_SECONDS):
                 raise NotOurs("stopped while the day's bytes were spent")
             self._look_ahead(session, state)
@@ -429,15 +444,23 @@ class Reader:
     def _spend(self, size: int) -> int:
         return self.pulse.ask_redis(lambda: self.states.spend(size, self.clock.wall()))
 
-    def _missed(self, uids: list[int]) -> None:
+    def _missed(self, lack: Lack, uids: list[int]) -> None:
         for uid in uids:
-            self._tries[uid] = self._tries.get(uid, 0) + 1
+            self._tries[lack, uid] = self._tries.get((lack, uid), 0) + 1
         raise ImapIncomplete(uids)
+
+    def _forgive(self, lack: Lack, uid: int) -> None:
+        """The server gave it, or the mail has its fate without."""
+        self._tries.pop((lack, uid), None)
+        self._given_up.discard((lack, uid))
+
+    def _is_given_up(self, uid: int) -> bool:
+        return ("data", uid) in self._given_up or ("body", uid) in self._given_up
 
     def _whole(self, metas: Mapping[int, Meta], group: Sequence[int]) -> list[int]:
         """UIDs of the mails that are read whole; the others enter as stubs."""
         most = self.settings.mail.max_message_bytes
-        return [uid for uid in group if metas[uid].size <= most and uid not in self._given_up]
+        return [uid for uid in group if metas[uid].size <= most and not self._is_given_up(uid)]
 
     def _bodies(self, session: Session, whole: Sequence[int]) -> dict[int, bytes]:
         self.pulse.turn()
@@ -461,7 +484,7 @@ class Reader:
         ready, withheld = plan.prefix([meta.uid for meta, _ in wanted], had)
         kept = [uid for uid in ready if uid in bodies]
         raws = [bodies[uid] for uid in kept]
-        references = self.keep(raws)  # while the mails are parsed
+        references = (self.keep if raws else keep_nothing)(raws)  # while the mails are parsed
         parsed = [self._parsed(session, meta, identity, bodies.get(meta.uid), began) for meta, identity in wanted[: len(ready)]]
         raw_refs = dict(zip(kept, self._kept(raws, references), strict=True))
         mails = []
@@ -482,6 +505,7 @@ class Reader:
                 if not said:
                     said = True
                     log.error("%s: intake waits: %s", self.pulse.title, error)
+                self.gate()
                 if self.pulse.pause(ARCHIVE_SECONDS):
                     raise NotOurs("stopped while the archive could not be had") from None
                 references = self.keep(raws)
@@ -518,7 +542,7 @@ class Reader:
             envelope = replace(envelope, traceparent=traceparent or traceparent_of(correlation_id))
             if raw is not None:
                 record = parse(raw, envelope)
-            elif meta.uid in self._given_up:
+            elif self._is_given_up(meta.uid):
                 record = stub(envelope, head or meta.header, f"the server did not give this mail in {TRIES} tries")
             else:
                 reason = f"{meta.size} bytes, above MAX_MESSAGE_BYTES={self.settings.mail.max_message_bytes}"
@@ -567,6 +591,7 @@ class Reader:
             if not said:
                 said = True
                 log.warning("%s: %s", self.pulse.title, self.paused)
+            self.gate()
             if self.pulse.pause(1.0):
                 raise NotOurs("stopped while the stream was full")
             if self.clock.monotonic() > waits_until:

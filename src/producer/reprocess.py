@@ -15,6 +15,7 @@ from src.common.redis_client import Fields, RedisClient
 from src.imap.imap_client import Folder, Meta
 from src.mail.parse import parse, stub
 from src.mail.record import Envelope, member_of, sent_by, split_email_id, to_fields
+from src.producer.plan import before
 from src.producer.reader import FETCH_BYTES, STUB_BYTES, Session, identity_of
 
 Verdict = Literal["OK", "ALREADY", "LIVE", "DEAD", "UNKNOWN", "FULL"]
@@ -155,7 +156,7 @@ def in_folder(
     session: Session, account: str, mailbox: str, scope: Literal["account", "mailbox"], wanted: Wanted
 ) -> Iterator[Located]:
     """The mails of a folder that lie in the days wanted, identified as the producer does it."""
-    uids = session.uids_since(wanted.since - timedelta(days=1))  # the server's zone may be a day off
+    uids = session.uids_since(before(wanted.since))  # the server's zone may be a day off
     for first in range(0, len(uids), PAGE):
         for _, meta in sorted(session.meta(uids[first : first + PAGE]).items()):
             if wanted.day(meta.internal_date):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -17,7 +19,9 @@ from src.common.exceptions import ConfigurationError, DiskUnavailable
 from src.common.keys import Keys, MailboxKeys, escaped, open_field
 from src.common.redis_client import RedisClient
 from src.mail.record import member_of
-from src.producer.plan import LATE, Marker, State, oldest_open
+from src.producer.plan import Marker, State, oldest_open
+
+LONGEST_NAME = 200  # characters of a file's name, so that endings and what is written aside have room within 255
 
 Fields = dict[str, str]
 Place = Literal["done", "unread", "flight", "waiting", "lost", "dead", "dangling", "unknown"]  # as lua/audit.lua has them
@@ -48,7 +52,7 @@ class Identity:
 class Lease:
     """`state` is None where Redis knows nothing of the mailbox. `epoch` grows with every change of owner.
 
-    `resync`: the ISO date from which someone asked to look for mail again, "" if nobody did; `late:` before it: for an audit.
+    `resync`: what someone asked for, see `StateManager.request_look`; "" if nobody did.
     """
 
     epoch: int
@@ -103,23 +107,18 @@ class StateManager:
         rest = self._redis.call("HMGET", own.intake, "boundary", "horizon", "first_complete", "passed", "floor")
         return _state([part or "" for part in (uidvalidity, last_uid, *rest)])
 
-    def request_resync(self, day: str) -> None:
-        """Ask whoever owns the mailbox to look again at all mail since `day` (ISO date)."""
-        self._redis.call("HSET", self._own.intake, "resync", day)
-
-    def request_look(self, day: str) -> bool:
-        """Ask whoever owns the mailbox to look again at all mail since `day`, and to publish what was taken in once, or should have been.
-
-        False where another look is asked for already: that one comes first.
-        """
-        return bool(self._redis.call("HSETNX", self._own.intake, "resync", f"{LATE}{day}") == 1)
+    def request_look(self, request: str) -> str:
+        """Ask whoever owns the mailbox to look again at all mail since an ISO date; with `late:` before it only to publish what was taken
+        in once, or should have been. All requests that stand then, the first to come first, separated by commas."""
+        return str(self._redis.run("look", [self._own.intake], ["ask", request]))
 
     def requested(self) -> str:
         """What is asked for and not done yet, "" for nothing."""
         return str(self._redis.call("HGET", self._own.intake, "resync") or "")
 
-    def resync_done(self) -> None:
-        self._redis.call("HDEL", self._own.intake, "resync")
+    def look_done(self, request: str) -> str:
+        """The first request was this one, and is done; those that stand then."""
+        return str(self._redis.run("look", [self._own.intake], ["done", request]))
 
     def spend(self, size: int, now: datetime) -> int:
         """Count `size` bytes read from the account today (UTC); how many that makes."""
@@ -254,15 +253,17 @@ class MarkerFile:
     """The marker of one mailbox on disk: written aside, fsynced, renamed."""
 
     def __init__(self, data_dir: Path, account: str, mailbox: str) -> None:
-        self._path = data_dir / "markers" / quote(account, safe="@.") / f"{quote(mailbox, safe='')}.json"
+        self._path = data_dir / "markers" / _file_name(account, safe="@.") / f"{_file_name(mailbox)}.json"
 
     def read(self) -> Marker | None:
-        """None where there is none. Raises ConfigurationError for a damaged one: guessing could lose mail."""
+        """None where there is none. Raises ConfigurationError for a damaged one: guessing could lose mail; DiskUnavailable."""
         try:
             content = json.loads(self._path.read_text())
             return Marker(State(**content["state"]), content["oldest"], content["epoch"])
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise DiskUnavailable(f"{self._path} cannot be read ({error.strerror}): mend DATA_DIR, or whose it is") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(
                 f"{self._path} is damaged ({error}): delete it only if Redis still knows the mailbox (GET producer_state:…:last_uid)"
@@ -273,21 +274,33 @@ class MarkerFile:
         try:
             self._write(marker)
         except OSError as error:
-            raise DiskUnavailable(f"{self._path} cannot be written ({error.strerror}): make room or mend DATA_DIR") from error
+            raise DiskUnavailable(
+                f"{self._path} cannot be written ({error.strerror}): make room, mend DATA_DIR, or whose it is"
+            ) from error
 
     def _write(self, marker: Marker) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._path.with_suffix(".tmp")
-        with aside.open("w") as file:
-            json.dump(asdict(marker), file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self._path)
+        aside = self._path.with_suffix(f".{secrets.token_hex(4)}.tmp")  # a standby on the same disk writes, too
+        try:
+            with aside.open("x") as file:
+                json.dump(asdict(marker), file)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(self._path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _file_name(text: str, safe: str = "") -> str:
+    """One that any disk takes, another one for each text: a label of 30 Japanese letters is 270 characters when quoted."""
+    name = quote(text, safe=safe)
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 33]}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 def _state(known: Sequence[str]) -> State | None:

@@ -310,7 +310,7 @@ class KeptAfterwards:
         monkeypatch.setattr(Reader, "_publish", publish_first)
 
 
-FOUND = "found = session.uids_since(since - timedelta(days=1))"
+FOUND = "found = session.uids_since(plan.before(since))"
 FENCE, NO_FENCE = "if owned[sid] ~= count then", "if false then"
 COMPARE_AND_SET = "if uidvalidity ~= ARGV[3] or last_uid ~= ARGV[4] then"
 
@@ -347,7 +347,7 @@ COMPARE_AND_SET = "if uidvalidity ~= ARGV[3] or last_uid ~= ARGV[4] then"
             "lost",
         ),
         (
-            MethodMutant(Reader.look_back, FOUND, f"self.pulse.ask_redis(self.states.resync_done); {FOUND}"),
+            MethodMutant(Reader.look_back, FOUND, f"self.pulse.ask_redis(partial(self.states.look_done, request)); {FOUND}"),
             asked_for,
             Fault.CRASH_BEFORE,
             nothing,

@@ -156,8 +156,8 @@ class InlineProducer:
         self._lease = world.settings.mail.lease
         archive = world.archive()
 
-        def connect(token: str) -> AbstractContextManager[Session]:
-            return FaultySession(ImapMailbox(world.endpoint, world.account, name, token), process, self._renew)
+        def connect(token: str, alive: Callable[[], None]) -> AbstractContextManager[Session]:
+            return FaultySession(ImapMailbox(world.endpoint, world.account, name, token, alive), process, self._renew)
 
         self.mailbox = Mailbox(
             settings=world.settings,
@@ -177,7 +177,7 @@ class InlineProducer:
 
     def ask_for(self, day: date) -> None:
         """--resync-from."""
-        self.mailbox.pulse.ask_redis(partial(self.states.request_resync, day.isoformat()))
+        self.mailbox.pulse.ask_redis(partial(self.states.request_look, day.isoformat()))
 
     def _renew(self) -> None:
         if self.mailbox.owns:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -138,13 +140,27 @@ def test_letting_go_of_a_lease_that_ran_out_takes_nothing(store: Store) -> None:
 
 def test_a_request_to_look_again_reaches_the_owner_until_it_is_done(store: Store) -> None:
     """--resync-from, asked by another process, also before the mailbox was ever read."""
-    manager(store, "asker").request_resync("2026-01-15")
+    assert manager(store, "asker").request_look("2026-01-15") == "2026-01-15"
     states = manager(store)
     assert states.acquire(60) == Lease(1, None, "2026-01-15")
     publish(states, [])
     assert states.acquire(60) == Lease(1, SECOND, "2026-01-15")
-    states.resync_done()
+    assert states.look_done("2026-01-15") == ""
     assert states.acquire(60) == Lease(1, SECOND, "")
+
+
+def test_requests_to_look_again_wait_for_each_other(store: Store) -> None:
+    """Each stands until it is done, once, in the order they came. What is asked again while it may be under way stands once more; what was
+    done already is not struck out a second time."""
+    states = manager(store)
+    for request in ("2026-03-01", "late:2026-01-15", "late:2026-01-15", "2026-03-01", "2026-03-01"):
+        states.request_look(request)
+    assert states.requested() == "2026-03-01,late:2026-01-15,2026-03-01"
+    assert states.look_done("2026-03-01") == "late:2026-01-15,2026-03-01"
+    assert states.look_done("2026-03-01") == "late:2026-01-15,2026-03-01"
+    assert states.look_done("late:2026-01-15") == "2026-03-01"
+    assert states.look_done("2026-03-01") == states.requested() == ""
+    assert intake(store) == {}
 
 
 def test_bytes_are_counted_by_account_and_day_and_forgotten(store: Store) -> None:
@@ -455,12 +471,17 @@ def test_a_damaged_marker_is_an_error_not_a_new_start(tmp_path: Path, content: s
     assert "\n" not in str(caught.value)
 
 
-def test_a_marker_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    """The new one is written aside first."""
+def test_a_marker_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new one is written aside first, and what was written of it makes room again."""
     file = MarkerFile(tmp_path, "a", "INBOX")
     file.write(Marker(SECOND, "2026-01-01"))
     [path] = tmp_path.rglob("*.json")
-    path.with_suffix(".tmp").mkdir()
-    with pytest.raises(DiskUnavailable, match=r"INBOX\.json cannot be written .*: make room or mend DATA_DIR"):
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskUnavailable, match=r"INBOX\.json cannot be written \(No space left on device\): make room"):
         file.write(Marker(SECOND, "2026-02-02"))
     assert json.loads(path.read_text())["oldest"] == "2026-01-01"
+    assert list(path.parent.iterdir()) == [path]
