@@ -43,6 +43,8 @@ LOGOUT_SECONDS = 2.0
 GMAIL_USES = ("\\All", "\\Drafts", "\\Flagged", "\\Important", "\\Junk", "\\Sent", "\\Trash")
 
 SPECIAL_USES = (*GMAIL_USES, "\\Archive")
+# The data of some messages cannot be had, that of the others came: Gmail's words, and RFC 5530's code for expunged ones.
+_SOME_FAILED = re.compile(r"messages could not be fetched|\[EXPUNGEISSUED\]", re.IGNORECASE)
 _MESSAGE_ID = re.compile(rb"^message-id[ \t]*:[ \t]*\S", re.IGNORECASE | re.MULTILINE)
 
 
@@ -161,7 +163,7 @@ class ImapMailbox:
         """Ask for at most UIDS_PER_FETCH messages that `bodies` will be called for next. The server works and the answer travels meanwhile;
         the next call, whatever it is, reads it."""
         with self._speaking() as client:
-            self._asked = (list(uids), client._imap._command("UID", "FETCH", ",".join(map(str, uids)), "(BODY.PEEK[])"))
+            self._asked = (list(uids), _ask(client, uids, ["BODY.PEEK[]"]))
 
     def bodies(self, uids: Sequence[int]) -> dict[int, bytes]:
         """Whole messages, byte for byte. An absent one may be gone, or an OK without data: `has` tells them apart."""
@@ -239,7 +241,8 @@ class ImapMailbox:
         answers: dict[int, dict[bytes, Any]] = {}
         with self._speaking() as client:
             for start in range(0, len(uids), UIDS_PER_FETCH):
-                answers.update(client.fetch(list(uids[start : start + UIDS_PER_FETCH]), items))
+                some = uids[start : start + UIDS_PER_FETCH]
+                answers.update(_answer(client, some, _ask(client, some, items)))
         return answers
 
     @contextmanager
@@ -255,21 +258,33 @@ class ImapMailbox:
             raise unavailable(text) from error
 
     def _read_asked(self, client: Any) -> None:
-        """The second half of IMAPClient.fetch, for what `ask_bodies` asked for."""
-        if self._asked is None:
-            return
-        uids, tag = self._asked
-        answer, data = client._imap._command_complete("FETCH", tag)
-        client._checkok("fetch", answer, data)
-        answer, data = client._imap._untagged_response(answer, data, "FETCH")
-        found = parse_fetch_response(data, client.normalise_times, client.use_uid)
-        self._asked, self._came = None, (uids, {uid: found[uid] for uid in uids if uid in found})
+        if self._asked is not None:
+            uids, tag = self._asked
+            answers = _answer(client, uids, tag)
+            self._asked, self._came = None, (uids, answers)
 
     def _cut(self) -> None:
         if self._client is not None:
             with suppress(*FOREIGN):
                 self._client.shutdown()
             self._client = None
+
+
+def _ask(client: Any, uids: Sequence[int], items: Sequence[str]) -> bytes:
+    """The tag of a UID FETCH whose answer `_answer` reads: the two halves of IMAPClient.fetch."""
+    tag: bytes = client._imap._command("UID", "FETCH", ",".join(map(str, uids)), f"({' '.join(items)})")
+    return tag
+
+
+def _answer(client: Any, uids: Sequence[int], tag: bytes) -> dict[int, dict[bytes, Any]]:
+    """What the server told of `uids`. A message that it cannot give is absent, whether it says OK or that some failed."""
+    verdict, data = client._imap._command_complete("FETCH", tag)
+    if verdict == "NO" and _SOME_FAILED.search(describe(imaplib.IMAP4.error(*data))):
+        verdict = "OK"
+    client._checkok("fetch", verdict, data)
+    _, data = client._imap._untagged_response(verdict, data, "FETCH")
+    found = parse_fetch_response(data, client.normalise_times, client.use_uid)
+    return {uid: found[uid] for uid in uids if uid in found}
 
 
 def list_mailboxes(endpoint: ImapEndpoint, account: str, secret: str) -> tuple[list[Listed], tuple[str, ...]]:

@@ -86,10 +86,14 @@ class Faults:
         """The next session that hears a command, or that idles when there are news, says nothing any more and stays open."""
         self._arm("half_open", times)
 
-    def ok_without_data(self, uids: Sequence[int], times: int = 1, mailbox: str = "INBOX", bodies_only: bool = False) -> None:
-        """The next FETCH commands (`bodies_only`: of BODY) that ask for one of these answer OK without their data."""
+    def ok_without_data(
+        self, uids: Sequence[int], times: int = 1, mailbox: str = "INBOX", bodies_only: bool = False, no: str = ""
+    ) -> None:
+        """The next FETCH commands (`bodies_only`: of BODY) that ask for one of these answer OK, or NO with the text `no`, without their
+        data and with that of the others."""
         mailbox = _of(str, "mailbox", mailbox)
-        self._arm("ok_without_data", times, uids=_uids(uids), mailbox=mailbox, bodies_only=bool(bodies_only))
+        details = {"uids": _uids(uids), "mailbox": mailbox, "bodies_only": bool(bodies_only), "no": _of(str, "no", no)}
+        self._arm("ok_without_data", times, **details)
 
     def hide_uids(self, uids: Sequence[int], times: int = 1, mailbox: str = "INBOX") -> None:
         """UIDs that become visible late: SEARCH and FETCH know nothing of them until this many SEARCHes would have shown one."""
@@ -164,16 +168,25 @@ class Faults:
             self._bytes_left = int(str(details["count"])) if details else 0
             return allowed
 
-    def concealed(self, name: str, mailbox: str, uids: Sequence[int], *, strike: bool, bodies: bool = True) -> frozenset[int]:
-        """Those of `uids` that `ok_without_data` or `hide_uids` withholds; with `strike` one of its times is used up by it."""
+    def hidden(self, mailbox: str, uids: Sequence[int], *, strike: bool) -> frozenset[int]:
+        """Those of `uids` that `hide_uids` conceals; with `strike` one of its times is used up by it."""
+        return self._concealed("hide_uids", mailbox, uids, strike=strike)[0]
+
+    def withheld(self, mailbox: str, uids: Sequence[int], *, bodies: bool) -> tuple[frozenset[int], str]:
+        """Those of `uids` that `ok_without_data` withholds from a FETCH, one of its times, and the text of its NO, "" for OK."""
+        return self._concealed("ok_without_data", mailbox, uids, strike=True, bodies=bodies)
+
+    def _concealed(
+        self, name: str, mailbox: str, uids: Sequence[int], *, strike: bool, bodies: bool = True
+    ) -> tuple[frozenset[int], str]:
         with self._lock:
             armed = self._armed.get(name)
             if armed is None or armed.details["mailbox"] != mailbox or (armed.details.get("bodies_only") and not bodies):
-                return frozenset()
-            withheld = frozenset(uids) & frozenset(_uids(armed.details["uids"]))
-            if withheld and strike:
+                return frozenset(), ""
+            concealed = frozenset(uids) & frozenset(_uids(armed.details["uids"]))
+            if concealed and strike:
                 self._take(name)
-            return withheld
+            return concealed, str(armed.details.get("no", "")) if concealed else ""
 
     def _take(self, name: str) -> Mapping[str, object] | None:
         armed = self._armed.get(name)

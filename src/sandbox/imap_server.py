@@ -542,7 +542,7 @@ class Session:
         if len(values) > 2 and isinstance(values[0], str) and values[0].upper() == "CHARSET":
             values = values[2:]
         found = protocol.search(values, view.uids, self._load)
-        hidden = self._faults.concealed("hide_uids", view.name, found, strike=True)
+        hidden = self._faults.hidden(view.name, found, strike=True)
         found = [uid for uid in found if uid not in hidden]
         if not by_uid:
             found = [bisect_left(view.uids, uid) + 1 for uid in found]
@@ -555,10 +555,10 @@ class Session:
         sequence_set, asked = _exactly(2, values)
         items = protocol.fetch_items(asked, by_uid=by_uid, gmail=self._store.gmail)
         chosen = (protocol.uids_in if by_uid else protocol.positions_in)(text(sequence_set), view.uids)
-        hidden = self._faults.concealed("hide_uids", view.name, chosen, strike=False)
+        hidden = self._faults.hidden(view.name, chosen, strike=False)
         bodies = any(item.name == "BODY" for item in items)
-        withheld = hidden | self._faults.concealed("ok_without_data", view.name, chosen, strike=True, bodies=bodies)
-        chosen = [uid for uid in chosen if uid not in withheld]
+        withheld, refusal = self._faults.withheld(view.name, chosen, bodies=bodies)
+        chosen = [uid for uid in chosen if uid not in hidden | withheld]
         if self._faults.take("garbage") is not None:
             self._wire.say("\x00\x7f}{ this is not IMAP (((")
         if not selected.read_only and not all(item.peek for item in items):
@@ -569,6 +569,8 @@ class Session:
                 labels = self._store.labels(entry.message) if with_labels else ()
                 position = bisect_left(view.uids, uid) + 1
                 self._wire.write(protocol.fetch_line(position, uid, entry, labels, items))
+        if refusal:
+            raise Refused(refusal)
         return "Success"
 
     def _load(self, uids: Sequence[int]) -> list[tuple[int, Entry]]:

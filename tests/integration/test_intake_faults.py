@@ -141,12 +141,13 @@ def test_ok_without_data_is_asked_again(gmail: tuple[Pipeline, Sandbox]) -> None
     assert not sandbox.faults.state()
 
 
+@pytest.mark.parametrize("no", ["", "Some messages could not be FETCHed (Failure)"], ids=["OK", "NO"])
 @pytest.mark.parametrize("bodies_only", [True, False])
-def test_mail_that_can_never_be_fetched(gmail: tuple[Pipeline, Sandbox], bodies_only: bool) -> None:
-    """After three tries it enters as a stub with the reason; the mails behind it come through."""
+def test_mail_that_can_never_be_fetched(gmail: tuple[Pipeline, Sandbox], bodies_only: bool, no: str) -> None:
+    """After three tries it enters as a stub with the reason; the mails behind it come through. Gmail says NO to a group with one."""
     pipeline, sandbox = gmail
     [_, refused, _] = pipeline.deliver("one", "two", "three")
-    sandbox.faults.ok_without_data([2], times=1000, bodies_only=bodies_only)
+    sandbox.faults.ok_without_data([2], times=1000, bodies_only=bodies_only, no=no)
     with pipeline.producer() as producer:
         pipeline.wait_for_uid(3)
         producer.wait_for("UID 2 was asked for 3 times without an answer")

@@ -619,6 +619,23 @@ def test_a_fetch_cut_short_or_malformed_gives_no_half_body(answer: bytes) -> Non
             box.bodies([7])
 
 
+@pytest.mark.parametrize("no", [b"Some messages could not be FETCHed (Failure)", b"[EXPUNGEISSUED] Some are gone"])
+def test_a_no_about_some_messages_gives_the_others(no: bytes) -> None:
+    """As where OK comes without their data: the session goes on, and also what was asked ahead came."""
+    answer = b"* 1 FETCH (UID 7 BODY[] {5}\r\nwhole)\r\nTAG NO " + no + b"\r\n"
+    with serving({"UID FETCH": answer}) as server, mailbox(server) as box:
+        assert box.bodies([7, 8]) == {7: b"whole"}
+        box.ask_bodies([7, 8])
+        assert box.bodies([7, 8]) == {7: b"whole"}
+
+
+@pytest.mark.parametrize("no", [b"[SERVERBUG] Internal error", b"Server error, please try again later", b"no", b""])
+def test_any_other_no_to_a_fetch_is_no_answer(no: bytes) -> None:
+    """Mail is not taken for withheld because a server has its troubles."""
+    with serving({"UID FETCH": b"TAG NO " + no + b"\r\n"}) as server, mailbox(server) as box, pytest.raises(ImapUnavailable):
+        box.bodies([7, 8])
+
+
 def test_a_stalled_fetch_ends_with_the_time_out() -> None:
     with (
         serving({"UID FETCH": b"* 1 FETCH (UID 7 BODY[] {10}\r\nabc" + HOLD}) as server,

@@ -554,6 +554,9 @@ def test_ok_without_data(sandbox: Sandbox) -> None:
     with reading(sandbox) as client:
         assert client.fetch([1, 2, 3], ["RFC822.SIZE"]).keys() == {1, 2, 3}
         assert [client.fetch([1, 2, 3], ["BODY.PEEK[]"]).keys() for _ in range(3)] == [{1, 3}, {1, 3}, {1, 2, 3}]
+        sandbox.faults.ok_without_data([2], no="Some messages could not be FETCHed (Failure)")
+        with pytest.raises(IMAPClientError, match="fetch failed: Some messages could not be FETCHed"):
+            client.fetch([1, 2, 3], ["UID"])
 
 
 def test_hidden_uids_become_visible_late(sandbox: Sandbox) -> None:
