@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from typing import TYPE_CHECKING
 
 from src.common.clock import Clock
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Progress:
         self._title = title
         self._clock = clock
         self._bar: Bar | None = None
-        self._task = TaskID(0)
+        self._task: TaskID
         self._total = self._done = 0
         self._began = self._said = 0.0
 
@@ -33,8 +34,7 @@ class Progress:
         self._total, self._done = total, 0
         self._began = self._said = self._clock.monotonic()
         if total >= SHOWN_FROM and sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-            self._bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar = _bar()
             self._task = self._bar.add_task(self._title, total=total, rate="")
             self._bar.start()
 
@@ -53,3 +53,12 @@ class Progress:
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+
+def _bar() -> Bar:
+    """Rich is imported where there is a terminal: a daemon under a service manager starts without."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
