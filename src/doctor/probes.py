@@ -33,6 +33,7 @@ from src.common.embedded import chosen_server, existing_redis
 from src.common.exceptions import (
     ArchiveUnavailable,
     ConfigurationError,
+    DiskUnavailable,
     ImapUnavailable,
     IngestionError,
     LoginRefused,
@@ -360,7 +361,7 @@ def _markers(redis: RedisClient | None, settings: Settings, accounts: Sequence[A
             title = f"{account.username}/{mailbox}"
             try:
                 marker, error = MarkerFile(settings.run.data_dir, account.username, mailbox).read(), ""
-            except ConfigurationError as damaged:
+            except (ConfigurationError, DiskUnavailable) as damaged:
                 marker, error = None, str(damaged)
             state = None
             if redis is not None:

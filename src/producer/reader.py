@@ -8,14 +8,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, NoReturn, Protocol, TypeVar
 
 from config.settings import Settings
 from src.common import tracing
 from src.common.batch import split
 from src.common.clock import Clock, iso
 from src.common.correlation import correlated, traceparent_of
-from src.common.exceptions import ArchiveUnavailable, ImapIncomplete
+from src.common.exceptions import ArchiveUnavailable, ImapIncomplete, ImapUnavailable
 from src.common.timing import NO_STOPWATCH, Stopwatch
 from src.imap.imap_client import Folder, Meta
 from src.mail.parse import parse, stub
@@ -33,7 +33,10 @@ STUB_BYTES = 65_536
 WINDOW = 1000  # mails that are looked at together
 FETCH_BYTES = 8 << 20  # most bytes of bodies in one FETCH
 PUBLISH_BYTES = 1 << 20  # most bytes of records in one publish: a script over more holds the server too long
-TRIES = 3  # for a mail whose data the server does not give
+TRIES = (
+    3  # for a mail whose data the server does not give; of a FETCH that breaks the session off, before each mail is fetched alone
+)
+BREAKS = 20  # of the session at one mail alone before that mail is given up: about an hour of pauses
 LAST = 10  # mails at the end of a folder that tell its newest INTERNALDATE
 LATE, LATE_SPAN = 1_000, 5_000  # how many mails are looked at again, within how many UIDs
 AHEAD_SECONDS = 5.0  # between two looks for new mail while old mail is read
@@ -65,7 +68,10 @@ class CheckupCall(Protocol):
 
 
 Judge = Callable[[State, int, str, str], bool]  # (state, UID, INTERNALDATE, forgotten before) → is it to be published
-Lack = Literal["data", "body"]  # what the server withholds of a mail: everything; what was to be read of it
+Lack = Literal[
+    "data", "body", "line"
+]  # what cannot be had of a mail: anything; its octets; a connection that lasts while it is fetched
+Result = TypeVar("Result")
 Keep = Callable[[Sequence[bytes]], Callable[[], list[str]]]  # see `src.producer.archiver.Archiver.keep`
 
 
@@ -131,7 +137,8 @@ class Reader:
     _newest: str = ""
     _marker: Marker | None = None
     _marker_written: float = 0.0
-    _numbering: int = 0  # the UIDVALIDITY of these three
+    _numbering: int = 0  # the UIDVALIDITY of these four
+    _breaks: dict[tuple[Lack, int], int] = field(default_factory=dict)
     _tries: dict[tuple[Lack, int], int] = field(default_factory=dict)
     _given_up: set[tuple[Lack, int]] = field(default_factory=set)
     _gone: set[int] = field(default_factory=set)
@@ -144,7 +151,7 @@ class Reader:
         self._next_look_back = 0.0
         if self._numbering != folder.uidvalidity:
             self._numbering = folder.uidvalidity
-            self._tries, self._given_up, self._gone = {}, set(), set()
+            self._breaks, self._tries, self._given_up, self._gone = {}, {}, set(), set()
         if state is not None and state.uidvalidity == folder.uidvalidity:
             self.rereading = state.first_complete and state.last_uid < state.horizon
             if self._marker is None:
@@ -152,10 +159,7 @@ class Reader:
             return state
         listed = session.uids_from(1)
         highest = listed[-1] if listed else 0
-        last = session.meta(listed[-LAST:])
-        if listed and not last:
-            raise ImapIncomplete(listed[-LAST:])
-        newest = max((meta.internal_date for meta in last.values()), default="")
+        newest = self._newest_of(session, listed)
         if self._marker is None:
             self._marker = self.marker_file.read()
         opened = plan.opening(
@@ -184,6 +188,20 @@ class Reader:
         self.remember(opened.state, force=True)
         self._publish([], state, opened.state)
         return opened.state
+
+    def _newest_of(self, session: Session, listed: Sequence[int]) -> str:
+        """The newest INTERNALDATE of the last mails that the server tells of, "" where it tells of none."""
+        for end in range(len(listed), 0, -LAST):
+            last = listed[max(0, end - LAST) : end]
+            breaks = {uid: self._breaks.get(("data", uid), 0) for uid in last}
+            if max(breaks.values()) >= TRIES:
+                last = [min(last, key=breaks.__getitem__)]
+            metas = self._fetched("data", last, partial(session.meta, last))
+            if metas:
+                return max(meta.internal_date for meta in metas.values())
+            if any(self._tries.get(("data", uid), 0) < TRIES for uid in last):
+                self._missed("data", last)
+        return ""
 
     def owned(self, lease: Lease) -> None:
         """The mailbox is ours. Where Redis knows less than the disk an older copy of it came back: said, and looked at again."""
@@ -215,6 +233,16 @@ class Reader:
                 )
                 self._given_up.add((lack, uid))
                 del self._tries[lack, uid]
+        for (lack, uid), breaks in list(self._breaks.items()):
+            if breaks >= BREAKS:
+                log.error(
+                    "%s: the session broke off %d times while UID %d was fetched: it enters as a stub, if it was not read before",
+                    self.pulse.title,
+                    breaks,
+                    uid,
+                )
+                self._given_up.add(("line", uid))
+                del self._breaks[lack, uid]
 
     # what is new
 
@@ -314,8 +342,10 @@ class Reader:
                 self.published - before,
             )
 
-    def _windows(self, uids: Sequence[int]) -> list[Sequence[int]]:
-        return [uids[first : first + WINDOW] for first in range(0, len(uids), WINDOW)]
+    def _windows(self, uids: Sequence[int]) -> list[list[int]]:
+        """What is looked at together; alone what sessions broke off at."""
+        alone = {uid for (_, uid), breaks in self._breaks.items() if breaks >= TRIES}
+        return split(uids, lambda uid: WINDOW if uid in alone else 1, most=WINDOW, most_bytes=WINDOW)
 
     # a window of mails
 
@@ -335,11 +365,12 @@ class Reader:
         Raises ImapIncomplete behind the contiguous prefix.
         """
         self.pulse.turn()
-        metas = session.meta(uids)
+        asked = [uid for uid in uids if ("line", uid) not in self._given_up]
+        metas = self._fetched("data", asked, partial(session.meta, asked))
         self.answered()
         for uid in metas:
             self._forgive("data", uid)
-        silent = {uid for uid in uids if ("data", uid) in self._given_up}
+        silent = {uid for uid in uids if not self._given_up.isdisjoint((("data", uid), ("line", uid)))}
         if moves:  # elsewhere it has a fate already: another one, by its place alone, would be a second
             metas.update({uid: Meta(uid, "", 0, "", "", (), b"") for uid in silent})
         out = (self._gone | silent) - metas.keys()
@@ -368,7 +399,7 @@ class Reader:
             began, whole = self.clock.wall().timestamp(), self._whole(metas, group)
             bodies = self._bodies(session, whole)
             then = self._whole(metas, following)
-            if then and not self.gate() and not self._over_budget(state, following):
+            if then and not (self._breaks or self.gate() or self._over_budget(state, following)):
                 session.ask_bodies(then)  # it comes while this group is parsed and published
             mails, withheld = self._mails(session, [(metas[uid], identities[uid]) for uid in group], whole, bodies, began)
             for batch in split(mails, lambda mail: mail.size, most=len(group), most_bytes=PUBLISH_BYTES):
@@ -444,10 +475,10 @@ class Reader:
     def _spend(self, size: int) -> int:
         return self.pulse.ask_redis(lambda: self.states.spend(size, self.clock.wall()))
 
-    def _missed(self, lack: Lack, uids: list[int]) -> None:
+    def _missed(self, lack: Lack, uids: Sequence[int]) -> NoReturn:
         for uid in uids:
             self._tries[lack, uid] = self._tries.get((lack, uid), 0) + 1
-        raise ImapIncomplete(uids)
+        raise ImapIncomplete(list(uids))
 
     def _forgive(self, lack: Lack, uid: int) -> None:
         """The server gave it, or the mail has its fate without."""
@@ -455,7 +486,20 @@ class Reader:
         self._given_up.discard((lack, uid))
 
     def _is_given_up(self, uid: int) -> bool:
-        return ("data", uid) in self._given_up or ("body", uid) in self._given_up
+        return not self._given_up.isdisjoint((("data", uid), ("body", uid), ("line", uid)))
+
+    def _fetched(self, lack: Lack, uids: Sequence[int], fetch: Callable[[], Result]) -> Result:
+        """`fetch()`, of these mails. Where sessions break off in it again and again the server fails at one, or we at its answer."""
+        try:
+            found = fetch()
+        except ImapUnavailable:
+            for uid in uids:
+                self._breaks[lack, uid] = self._breaks.get((lack, uid), 0) + 1
+            raise
+        if self._breaks:
+            for uid in uids:
+                self._breaks.pop((lack, uid), None)
+        return found
 
     def _whole(self, metas: Mapping[int, Meta], group: Sequence[int]) -> list[int]:
         """UIDs of the mails that are read whole; the others enter as stubs."""
@@ -464,7 +508,8 @@ class Reader:
 
     def _bodies(self, session: Session, whole: Sequence[int]) -> dict[int, bytes]:
         self.pulse.turn()
-        bodies = self.fetching.time(lambda: session.bodies(whole)) if whole else {}
+        fetch = partial(self.fetching.time, partial(session.bodies, whole))
+        bodies = self._fetched("body", whole, fetch) if whole else {}
         self.answered()
         size = sum(map(len, bodies.values()))
         self.fetched, self.fetched_bytes = self.fetched + len(bodies), self.fetched_bytes + size
@@ -520,7 +565,8 @@ class Reader:
     ) -> tuple[Envelope, Record]:
         """`raw`: None where the mail enters as a stub. `began`: when its body was asked for, seconds since 1970."""
         self.pulse.turn()
-        head = session.head(meta.uid, STUB_BYTES) if raw is None else b""
+        unread = raw is not None or ("line", meta.uid) in self._given_up
+        head = b"" if unread else self._fetched("body", [meta.uid], lambda: session.head(meta.uid, STUB_BYTES))
         correlation_id = self.new_id()
         envelope = Envelope(
             account=self.account,
@@ -542,6 +588,8 @@ class Reader:
             envelope = replace(envelope, traceparent=traceparent or traceparent_of(correlation_id))
             if raw is not None:
                 record = parse(raw, envelope)
+            elif ("line", meta.uid) in self._given_up:
+                record = stub(envelope, meta.header, f"the session broke off {BREAKS} times while this mail was fetched")
             elif self._is_given_up(meta.uid):
                 record = stub(envelope, head or meta.header, f"the server did not give this mail in {TRIES} tries")
             else:

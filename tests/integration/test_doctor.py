@@ -230,11 +230,19 @@ def test_a_token_that_ended_early_is_renewed_once(pipeline: Pipeline) -> None:
 
 
 def test_a_check_that_breaks_hides_no_other(pipeline: Pipeline) -> None:
-    """A folder where the marker file should be: that group says so, the checks around it are all there."""
-    (pipeline.tmp / "data" / "markers" / pipeline.account / "INBOX.json").mkdir(parents=True)
-    found = look(pipeline, code=1)
-    assert only(found, "markers", "fail")[0].startswith("the check itself failed: IsADirectoryError")
+    """A handler whose own start raises: that group says so, the checks around it are all there."""
+    (pipeline.tmp / "mine.py").write_text("def prepare(): raise RuntimeError('no start')\ndef handle(email, context): pass\n")
+    found = look(pipeline, code=2, WORKER_HANDLER=f"{pipeline.tmp / 'mine.py'}:handle")
+    assert only(found, "handlers", "fail")[0].startswith("the check itself failed: RuntimeError: no start")
     assert {"token " + pipeline.account, "redis acl", "disk data", "archive"} <= set(found)
+
+
+def test_a_marker_that_cannot_be_read(pipeline: Pipeline) -> None:
+    """A folder where the marker file should be: said with its path, as the producer says it."""
+    (pipeline.tmp / "data" / "markers" / pipeline.account / "INBOX.json").mkdir(parents=True)
+    detail, remedy = only(look(pipeline, code=1), f"marker {pipeline.account}/INBOX", "fail")
+    assert "INBOX.json cannot be read (Is a directory)" in detail
+    assert "scripts/audit.py" in remedy
 
 
 def test_a_stranger_on_our_port(pipeline: Pipeline) -> None:

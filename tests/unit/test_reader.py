@@ -25,7 +25,7 @@ from src.imap.imap_client import Folder, Meta
 from src.mail.record import Email
 from src.producer.mailbox import Mailbox, is_down
 from src.producer.plan import Marker, State
-from src.producer.reader import NotOurs
+from src.producer.reader import BREAKS, NotOurs
 from src.producer.state_manager import Held, MarkerFile, StateManager
 from tests.support.fake import Store
 
@@ -62,13 +62,14 @@ class Time(Shutdown):
 @dataclass
 class Server:
     """A Gmail whose INBOX holds `mails` by their UIDs: (X-GM-MSGID, octets). `silent`: UIDs for which FETCH answers OK and no data;
-    `bodiless`: no body; `hidden`: SEARCH UID does not show them."""
+    `bodiless`: no body; `hidden`: SEARCH UID does not show them. `deadly`: what of which mail ends the session when it is fetched."""
 
     mails: dict[int, tuple[str, bytes]] = field(default_factory=dict)
     uidvalidity: int = 1
     silent: set[int] = field(default_factory=set)
     bodiless: set[int] = field(default_factory=set)
     hidden: set[int] = field(default_factory=set)
+    deadly: set[tuple[str, int]] = field(default_factory=set)
     asked_since: Callable[[], None] = lambda: None
 
     def put(self, *uids: int, id_from: int = 1000) -> None:
@@ -89,6 +90,7 @@ class Server:
         return uid in self.mails and uid not in self.hidden
 
     def meta(self, uids: Sequence[int]) -> dict[int, Meta]:
+        self._die("meta", uids)
         shown = [uid for uid in uids if uid in self.mails and uid not in self.silent]
         return {uid: Meta(uid, iso(NOON), len(self.mails[uid][1]), self.mails[uid][0], "1", (), b"") for uid in shown}
 
@@ -96,7 +98,12 @@ class Server:
         """They are given when they are asked for."""
 
     def bodies(self, uids: Sequence[int]) -> dict[int, bytes]:
+        self._die("body", uids)
         return {uid: self.mails[uid][1] for uid in uids if uid in self.mails and uid not in self.bodiless | self.silent}
+
+    def _die(self, what: str, uids: Sequence[int]) -> None:
+        if any((what, uid) in self.deadly for uid in uids):
+            raise ImapUnavailable("the server closed the connection")
 
     def head(self, uid: int, limit: int) -> bytes:
         return self.bodies([uid]).get(uid, b"")[:limit]
@@ -168,6 +175,10 @@ class House:
 
     def incomplete_session(self) -> None:
         with pytest.raises(ImapIncomplete):
+            self.session()
+
+    def broken_session(self) -> None:
+        with pytest.raises(ImapUnavailable):
             self.session()
 
     def entries(self) -> list[Email]:
@@ -252,6 +263,59 @@ def test_hiccups_that_were_got_over_do_not_add_up(house: House, lack: str) -> No
         house.session()
     assert house.stream() == [(str(uid), f"mail {1000 + uid}") for uid in (1, 2, 3, 4)]
     assert (house.reader._tries, house.reader._given_up) == ({}, set())
+
+
+def test_a_folder_whose_only_mail_is_withheld_is_begun_all_the_same(house: House) -> None:
+    """Its date would tell where a first read begins: without one all mail counts, and this one enters as a stub."""
+    house.server.put(1)
+    house.server.silent = {1}
+    for _ in range(3):
+        house.incomplete_session()
+    house.session()
+    house.server.put(2)
+    house.session()
+    assert house.stream() == [("1", ""), ("2", "mail 1002")]
+
+
+# what a session breaks off at
+
+
+@pytest.mark.parametrize("what", ["meta", "body"])
+def test_a_mail_that_ends_every_session_holds_no_other_up(house: House, what: str) -> None:
+    """After three sessions each mail is fetched alone, those before it come; after twenty it is a stub, those behind it come."""
+    house.server.put(1, 2, 3)
+    house.server.deadly = {(what, 2)}
+    for _ in range(4):
+        house.broken_session()
+    assert house.stream() == [("1", "mail 1001")]
+    for _ in range(BREAKS - 4):
+        house.broken_session()
+    house.session()
+    assert house.stream() == [("1", "mail 1001"), ("2", ""), ("3", "mail 1003")]
+    assert house.entries()[1].defects == (f"the session broke off {BREAKS} times while this mail was fetched",)
+    house.server.put(4)
+    house.session()
+    assert house.stream()[3:] == [("4", "mail 1004")]
+
+
+@pytest.mark.parametrize("what", ["meta", "body"])
+def test_a_bad_line_makes_no_stub(house: House, what: str) -> None:
+    """However often sessions break off: what is fetched in the end is whole, and its failures are forgotten."""
+    house.server.put(1, 2, 3)
+    for _ in range(3):
+        house.server.deadly = {(what, 2)}
+        for _ in range(BREAKS - 1):
+            house.broken_session()
+        house.server.deadly = set()
+        house.session()
+        house.server.mails.pop(3)
+        house.store.redis.call("FLUSHALL")
+        house.mailbox.marker_file.write(Marker(State(1, 0, "", 3, first_complete=False), ""))
+        house.reader._marker = None
+        house.server.put(3)
+    house.session()
+    assert house.stream() == [(str(uid), f"mail {1000 + uid}") for uid in (1, 2, 3)]
+    assert (house.reader._breaks, house.reader._given_up) == ({}, set())
 
 
 # requests to look again
