@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
+from typing import NoReturn
 
 log = logging.getLogger(__name__)
+
+LEAVE_SECONDS = 5.0  # for what is registered with atexit
 
 
 class Shutdown:
@@ -69,3 +76,21 @@ class Shutdown:
         thread = threading.Thread(target=run, name=name, daemon=True)
         thread.start()
         return thread
+
+
+def leave(code: int) -> NoReturn:
+    """End the process, once all is in order. Threads and processes that a handler left at work end with it: the interpreter would wait
+    for them, while they go on with mail that was handed back."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    last = threading.Thread(target=_last_words, name="leave", daemon=True)
+    last.start()
+    last.join(LEAVE_SECONDS)
+    os._exit(code)
+
+
+def _last_words() -> None:
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever read it is gone
+            stream.flush()
