@@ -35,6 +35,8 @@ from src.common.shutdown import Shutdown
 log = logging.getLogger(__name__)
 
 LOCAL = ("127.0.0.1", 6379)
+# What a Redis says to PING, also in need.
+REDIS_SAYS = (b"+PONG", b"-LOADING", b"-BUSY", b"-MISCONF", b"-MASTERDOWN", b"-ERR max number of clients")
 LONGEST_SOCKET_PATH = 103  # bytes: sun_path of macOS less its NUL
 START_SECONDS = 60.0  # without an answer; one that says it is loading a large append-only file has the time it takes
 LOOK_SECONDS = 2.0  # that an answer to PING may take
@@ -146,7 +148,7 @@ def _answers(address: tuple[str, int]) -> bool:
         raise ConfigurationError(
             f"the Redis on {address[0]}:{address[1]} wants a password: set REDIS_URL=redis://user:password@{address[0]}:{address[1]}/0"
         )
-    return reply.startswith((b"+PONG", b"-LOADING"))
+    return reply.startswith(REDIS_SAYS)
 
 
 class Embedded:

@@ -96,7 +96,17 @@ def test_where_nothing_answers_the_embedded_server_is_chosen_and_remembered(data
     assert json.loads((data / "new" / "redis.json").read_text()) == {"use": "embedded"}
 
 
-@pytest.mark.parametrize("reply", [b"+PONG\r\n", b"-LOADING Redis is loading the dataset in memory\r\n"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"+PONG\r\n",
+        b"-LOADING Redis is loading the dataset in memory\r\n",
+        b"-BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.\r\n",
+        b"-MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.\r\n",
+        b"-ERR max number of clients reached\r\n",
+    ],
+    ids=["idle", "loading", "script", "disk", "clients"],
+)
 def test_a_server_that_answers_is_chosen_and_waited_for_later(data: Path, local_port: int, reply: bytes) -> None:
     """Missing at the next start, it is not replaced by an empty one."""
     Saying(local_port, reply)
