@@ -18,7 +18,7 @@ from src.common import logging_config
 from src.common.circuit_breaker import Breakers, rules_of
 from src.common.clock import SYSTEM
 from src.common.exceptions import ConfigurationError, Transient
-from src.common.shutdown import Shutdown
+from src.common.shutdown import Shutdown, leave
 
 log = logging.getLogger("producer")
 
@@ -138,4 +138,4 @@ def run(settings: Settings, accounts: Sequence[Account], shutdown: Shutdown, giv
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

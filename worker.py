@@ -13,7 +13,7 @@ from config.settings import Settings, SettingsError, load_settings, misspelt_in
 from src.common import logging_config
 from src.common.clock import SYSTEM
 from src.common.exceptions import ConfigurationError, Transient
-from src.common.shutdown import Shutdown
+from src.common.shutdown import Shutdown, leave
 
 log = logging.getLogger("worker")
 
@@ -84,7 +84,7 @@ def run(settings: Settings, given: argparse.Namespace, shutdown: Shutdown) -> in
     handlers = load_handlers(settings.work, routes)
     with open_redis(settings, shutdown) as redis:
         Worker(settings, handlers, routes, redis, shutdown, SYSTEM, drain=given.drain).run()
-    return shutdown.exit_code
+    return leave(shutdown.exit_code)
 
 
 if __name__ == "__main__":

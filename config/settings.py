@@ -41,7 +41,13 @@ class RedisSettings(Section):
         description="redis://, rediss:// or unix:// address. Unset: the server on 127.0.0.1:6379 if one answers at the first run, "
         "else an embedded Valkey kept under DATA_DIR.",
     )
-    max_connections: int = Field(20, alias="REDIS_MAX_CONNECTIONS", ge=4, le=1000, description="Most connections of one process.")
+    max_connections: int = Field(
+        20,
+        alias="REDIS_MAX_CONNECTIONS",
+        ge=4,
+        le=1000,
+        description="Most connections of one process; with more mailboxes or handlers than that, calls wait for their turn.",
+    )
     socket_timeout: Positive = Field(
         10,
         alias="REDIS_SOCKET_TIMEOUT",

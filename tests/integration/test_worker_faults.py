@@ -152,6 +152,18 @@ def test_sigterm_does_not_wait_for_mail_that_waits_to_run_alone(pipeline: Pipeli
     assert len(pipeline.lines("begin")) == 4 + 4
 
 
+def test_what_handlers_left_at_work_ends_with_the_worker(pipeline: Pipeline) -> None:
+    """Neither a thread nor a process pool of theirs keeps a worker alive that has stopped; what is registered with atexit is done."""
+    published(pipeline, "leftover")
+    with pipeline.worker() as worker:
+        pipeline.wait_until_settled()
+        assert worker.terminate() == 0
+    child = Path("/proc", (pipeline.tmp / "leftover").read_text())
+    until(lambda: not child.exists(), DEADLINE, "the process of the pool is gone")
+    assert (pipeline.tmp / "last-word").exists()
+    pipeline.assert_accounted()
+
+
 def test_second_signal_ends_the_worker_at_once(pipeline: Pipeline) -> None:
     """The second SIGTERM does not wait for the handler; its mail is taken over after the lease."""
     [held] = published(pipeline, "hold gate")

@@ -9,6 +9,7 @@ The first words of the subject are the order:
     break NAME  raise once the file NAME exists, in the first attempt
     slow MS     take that long                     segfault    read at address 0
     exit        os._exit                           eat MB      take so much memory, and keep it for this call
+    leftover    leave a thread and a process at work for ten minutes, and a last word to be written at exit
     (else)      finish at once
 
 Journal and files stand in the folder of the journal, which the environment names (JOURNAL).
@@ -17,12 +18,15 @@ Journal and files stand in the folder of the journal, which the environment name
 from __future__ import annotations
 
 import asyncio
+import atexit
 import ctypes
 import hashlib
 import os
 import re
 import signal
 import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +78,13 @@ def obey(email: Email, context: Context) -> dict[str, Any]:
         os._exit(3)
     if order == "eat":
         assert bytearray(int(argument) << 20)
+    if order == "leftover":
+        threading.Thread(target=threading.Event().wait, args=(600,)).start()
+        pool = ProcessPoolExecutor(1)
+        pool.submit(time.sleep, 600)
+        [child] = until(lambda: list(pool._processes), PATIENCE, "the pool has a process")
+        (journal.parent / "leftover").write_text(str(child))
+        atexit.register((journal.parent / "last-word").touch)
     if order == "slow":
         threading.Event().wait(int(argument) / 1000)
     note(journal, "end", context)

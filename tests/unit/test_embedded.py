@@ -5,6 +5,7 @@ Port 6379 is never touched: what the module takes for it is a free port of the t
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -94,7 +96,17 @@ def test_where_nothing_answers_the_embedded_server_is_chosen_and_remembered(data
     assert json.loads((data / "new" / "redis.json").read_text()) == {"use": "embedded"}
 
 
-@pytest.mark.parametrize("reply", [b"+PONG\r\n", b"-LOADING Redis is loading the dataset in memory\r\n"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"+PONG\r\n",
+        b"-LOADING Redis is loading the dataset in memory\r\n",
+        b"-BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.\r\n",
+        b"-MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.\r\n",
+        b"-ERR max number of clients reached\r\n",
+    ],
+    ids=["idle", "loading", "script", "disk", "clients"],
+)
 def test_a_server_that_answers_is_chosen_and_waited_for_later(data: Path, local_port: int, reply: bytes) -> None:
     """Missing at the next start, it is not replaced by an empty one."""
     Saying(local_port, reply)
@@ -150,11 +162,11 @@ def test_what_was_written_is_there_after_the_last_one_left(data: Path) -> None:
 def test_a_server_that_was_killed_is_started_again_on_its_data(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     """kill -9: within a second or so, with what it had answered."""
     shutdown = Shutdown()
-    with Embedded(data, tcp=False) as server:
+    with Embedded(data, tcp=False, shutdown=shutdown) as server:
         with redis.Redis(unix_socket_path=str(server.socket)) as client:
             client.config_set("appendfsync", "always")
             client.set("k", "v")
-        keeper = threading.Thread(target=server.keep_alive, args=(shutdown,), daemon=True)
+        keeper = threading.Thread(target=server.keep_alive, daemon=True)
         keeper.start()
         os.kill(pid_of(server), signal.SIGKILL)
         until(lambda: not answers(data) or "gone" in caplog.text, what="the server is gone")
@@ -170,25 +182,152 @@ def test_a_server_that_was_killed_is_started_again_on_its_data(data: Path, caplo
 class Ticks(Shutdown):
     """Never requested, but its waits end after some turns: a process that ends without a signal (--once)."""
 
-    def __init__(self, turns: int) -> None:
-        super().__init__()
-        self._turns = turns
+    turns = 1000
 
     def wait(self, seconds: float) -> bool:
-        self._turns -= 1
-        return self._turns < 0
+        self.turns -= 1
+        return self.turns < 0
 
 
 def test_a_server_that_we_ended_is_not_started_again(data: Path) -> None:
     """The thread that keeps it alive must not take our own end for its death: an orphan would stay behind."""
-    with Embedded(data, tcp=False) as server:
-        server.keep_alive(Ticks(1))
+    ticks = Ticks()
+    with Embedded(data, tcp=False, shutdown=ticks) as server:
+        ticks.turns = 1
+        server.keep_alive()
         assert answers(data)
-    server.keep_alive(Ticks(3))
+    ticks.turns = 3
+    server.keep_alive()
     orphan = answers(data)
     if orphan:
         os.kill(pid_of(server), signal.SIGKILL)
     assert not orphan
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """That process stands still, as in a frozen machine or behind a disk that hangs."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def starts(data: Path) -> int:
+    """How many servers have begun on the append-only file of `data`."""
+    return (data / "redis" / "valkey.log").read_text().count("Server initialized")
+
+
+def test_a_server_that_only_does_not_answer_gets_no_second_one(
+    data: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two would write to one append-only file. It is said once, waited for, and its pid is in the line."""
+    monkeypatch.setattr(embedded, "LOOK_SECONDS", 0.2)
+    shutdown = Shutdown()
+    with Embedded(data, tcp=False, shutdown=shutdown) as server:
+        pid = pid_of(server)
+        with stopped(pid):
+            keeper = threading.Thread(target=server.keep_alive, daemon=True)
+            keeper.start()
+            until(lambda: "embedded Valkey" in caplog.text, what="the keeper has seen it")
+        until(lambda: answers(data), what="it goes on")
+        assert (pid_of(server), starts(data)) == (pid, 1)
+        shutdown.request("end")
+        keeper.join(20)
+    assert f"the embedded Valkey lives (pid {pid}) and does not answer: waiting for it" in caplog.messages
+    assert not answers(data)
+
+
+def test_a_command_says_which_server_does_not_answer(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends after START_SECONDS or when it is stopped, and leaves the server to those who use it."""
+    monkeypatch.setattr(embedded, "START_SECONDS", 0.3)
+    monkeypatch.setattr(embedded, "LOOK_SECONDS", 0.1)
+    with Embedded(data, tcp=False) as server:
+        pid = pid_of(server)
+        with stopped(pid):
+            with pytest.raises(RedisUnavailable, match=rf"\(pid {pid}\) and did not answer within 0\.3 s: see .*valkey\.log"):
+                Embedded(data, tcp=False).__enter__()
+            shutdown = Shutdown()
+            shutdown.request("SIGTERM")
+            with pytest.raises(RedisUnavailable, match="stopped before the embedded Valkey answered"):
+                Embedded(data, tcp=False, shutdown=shutdown).__enter__()
+        until(lambda: answers(data), what="it goes on")
+        assert (pid_of(server), starts(data)) == (pid, 1)
+
+
+def test_what_a_killed_server_left_running_is_waited_for(data: Path) -> None:
+    """Its child that rewrites the append-only file has inherited its lock: the next server starts when that is gone."""
+    other = Embedded(data, tcp=False)
+    with Embedded(data, tcp=False) as server, redis.Redis(unix_socket_path=str(server.socket)) as client:
+        client.config_set("rdb-key-save-delay", 100_000)  # microseconds: the child is at it for long enough
+        client.mset({f"key {number}": "v" for number in range(100)})
+        client.bgrewriteaof()
+        [child] = until(lambda: children(pid_of(server)), what="the child that rewrites")
+        with stopped(child):
+            os.kill(pid_of(server), signal.SIGKILL)
+            entering = threading.Thread(target=other.__enter__, daemon=True)
+            entering.start()
+            entering.join(0.3)
+            assert (answers(data), starts(data)) == (False, 1)
+        entering.join(20)
+        assert (answers(data), starts(data)) == (True, 2)
+        other.__exit__()
+    assert not answers(data)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.fixture
+def slow(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`data` with an append-only file that takes its server about a second to load, longer than START_SECONDS."""
+    with Embedded(data, tcp=False) as server, redis.Redis(unix_socket_path=str(server.socket)) as client:
+        pipeline = client.pipeline(transaction=False)
+        for number in range(8000):
+            pipeline.set(f"key {number}", "v")
+        pipeline.execute()
+    binary = data / "slow-server"
+    binary.write_text(f'#!/bin/sh\nexec {embedded.get_binary_path()} "$@" --key-load-delay 50\n')
+    binary.chmod(0o700)
+    monkeypatch.setattr(embedded, "get_binary_path", lambda: binary)
+    monkeypatch.setattr(embedded, "START_SECONDS", 0.2)
+    return data
+
+
+def test_a_server_that_loads_has_the_time_it_takes(slow: Path) -> None:
+    """However long: ended meanwhile it would begin anew at every start and never come up."""
+    with Embedded(slow, tcp=False) as server, redis.Redis(unix_socket_path=str(server.socket)) as client:
+        assert client.dbsize() == 8000
+
+
+class StoppedWhileItLoads(Shutdown):
+    """A signal comes while the server at `socket` loads."""
+
+    def __init__(self, socket: Path) -> None:
+        super().__init__()
+        self._socket = socket
+
+    def wait(self, seconds: float) -> bool:
+        try:
+            with redis.Redis(unix_socket_path=str(self._socket), retry=Retry(NoBackoff(), 0)) as client:
+                client.ping()
+        except redis.BusyLoadingError:
+            return True
+        except redis.ConnectionError:
+            pass
+        return False
+
+
+def test_a_stop_while_the_server_loads_ends_both(slow: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody waits for the server any more: it is no orphan."""
+    shutdown = StoppedWhileItLoads(slow / "redis" / "valkey.sock")
+    with pytest.raises(RedisUnavailable, match="stopped before"):
+        Embedded(slow, tcp=False, shutdown=shutdown).__enter__()
+    with (slow / "redis" / "server.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert caplog.messages == []
 
 
 def test_the_socket_is_ours_alone_and_the_port_is_said(data: Path, local_port: int) -> None:

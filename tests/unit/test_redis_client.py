@@ -6,6 +6,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -228,6 +229,45 @@ def test_leaving_the_context_closes_the_connections(valkey: RedisServer) -> None
         other = valkey.client()
         assert "ours" in {row["name"] for row in other.client_list()}
     until(lambda: "ours" not in {row["name"] for row in other.client_list()}, what="the connection is closed")
+
+
+def test_more_threads_than_connections_wait_for_their_turn(valkey: RedisServer) -> None:
+    """16 threads on 4 connections: every call is answered, and the server never sees a fifth."""
+    with connect(valkey.url) as client, ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda number: client.call("LPUSH", "k", number), range(800)))
+        assert client.call("LLEN", "k") == 800
+        assert len(client.call("CLIENT", "LIST").splitlines()) <= 4
+
+
+def test_who_waits_for_a_connection_comes_before_the_thread_that_gave_it_back(valkey: RedisServer) -> None:
+    """A renewal of leases is not passed by handlers that ask again and again."""
+    with RedisClient.connect(valkey.url, max_connections=1, socket_timeout=20) as client, ThreadPoolExecutor(3) as pool:
+        waiting = client._transport.connection_pool.pool._waiting
+
+        def busy() -> None:
+            client.call("BLPOP", "gate", 0)
+            for number in range(50):
+                client.call("RPUSH", "k", f"busy {number}")
+
+        pool.submit(busy)
+        until(lambda: valkey.client().info("clients")["blocked_clients"], what="the one connection is at work")
+        for number in (1, 2):
+            pool.submit(client.call, "RPUSH", "k", f"renewal {number}")
+            until(lambda number=number: len(waiting) == number, what=f"{number} wait")  # type: ignore[misc]
+        valkey.client().rpush("gate", "open")
+        pool.shutdown()
+        assert client.call("LRANGE", "k", 0, 3) == ["renewal 1", "renewal 2", "busy 0", "busy 1"]
+
+
+def test_a_turn_that_does_not_come_is_an_outage(valkey: RedisServer) -> None:
+    """Nobody waits longer than for an answer, and who gave up takes no connection with it."""
+    with RedisClient.connect(valkey.url, max_connections=1, socket_timeout=0.2) as client:
+        connections = client._transport.connection_pool
+        taken = connections.get_connection()
+        with pytest.raises(RedisUnavailable, match="No connection available"):
+            client.ping()
+        connections.release(taken)
+        client.ping()
 
 
 def test_a_server_that_keeps_nothing_on_disk_is_recognised() -> None:

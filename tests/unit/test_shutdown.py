@@ -104,6 +104,46 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         assert process.wait(20) == 128 + signal.SIGINT
 
 
+LOCKED = """
+import signal
+from src.common.shutdown import Shutdown
+shutdown = Shutdown()
+shutdown.on_signals()
+with shutdown._lock, shutdown.event._cond:
+    signal.raise_signal(signal.SIGTERM)
+print(shutdown.wait(20), shutdown.reason)
+"""
+
+
+def test_a_signal_within_a_wait_holds_nothing_up() -> None:
+    """The main thread holds the locks of the event that it waits for when the signal comes: it goes on, and is told."""
+    ended = subprocess.run([sys.executable, "-c", LOCKED], capture_output=True, text=True, timeout=20)
+    assert ended.stdout == "True SIGTERM\n", ended.stderr
+
+
+FORKED = """
+import os, signal, time
+from src.common.shutdown import Shutdown
+shutdown = Shutdown()
+shutdown.on_signals()
+ready, here = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(here, b"x")
+    time.sleep(10)
+    os._exit(0)
+os.read(ready, 1)
+os.kill(child, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shutdown.requested)
+"""
+
+
+def test_a_signal_ends_what_a_handler_forked() -> None:
+    """multiprocessing.Pool ends its processes by SIGTERM and waits for them; the worker is not meant."""
+    ended = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=20)
+    assert ended.stdout == "143 False\n", ended.stderr
+
+
 # the four decorators
 
 
