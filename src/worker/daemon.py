@@ -131,9 +131,8 @@ class Worker:
         shutdown.add_step(60, "endpoint", stop_endpoint)
         shutdown.add_step(65, "page", self.onlooker.stop)
         shutdown.add_step(70, "spans", tracing.end)
-        shutdown.add_step(
-            80, "release", self._release
-        )  # as late as may be: handlers that did not end go on until the process does
+        # As late as may be: handlers that did not end go on until the process does.
+        shutdown.add_step(80, "release", self._release)
         shutdown.add_step(90, "side threads", self.stopped.set)
 
         while not shutdown.wait(settings.run.stats_interval):
