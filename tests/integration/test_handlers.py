@@ -125,7 +125,7 @@ class Workers:
         assert books.done == Counter(email_id(number) for number in range(count))
 
 
-KILLS = pytest.mark.parametrize("kills", [5, pytest.param(30, marks=[pytest.mark.full, pytest.mark.timeout(600)])])
+KILLS = pytest.mark.parametrize("kills", [3, pytest.param(30, marks=[pytest.mark.full, pytest.mark.timeout(600)])])
 
 
 # --- SQL ---------------------------------------------------------------------------------------------------------------

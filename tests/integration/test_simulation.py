@@ -26,7 +26,7 @@ from tests.support.simulation import Stage, Story
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine it takes its time
 
-FEW = 30  # seeds that ./scripts/test.sh tells; the others with --all
+FEW = 15  # seeds that ./scripts/test.sh tells; the others with --all
 HERE = "tests/integration/test_simulation.py"
 
 
