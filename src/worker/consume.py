@@ -102,11 +102,15 @@ class Consumer:
         A suspect is a mail whose last start never finished. Suspects run beside all other work, one at a time, in a process of their own:
         when the worker itself dies, only one of them was started in vain.
         """
+        started: list[Started] = []
         try:
-            return self._take(room) + self._begin_suspect()
+            started = self._take(room)
+            return started + self._begin_suspect()
         except Transient:
             self._no_recovery_before = self.clock.monotonic() + self.renew_every
-            raise
+            if not started:
+                raise
+            return started  # they are begun, so they run; the suspect waits for the next turn
 
     def _take(self, room: int) -> list[Started]:
         if room <= 0:

@@ -323,6 +323,22 @@ def test_suspects_run_one_at_a_time_beside_new_mail(store: Store) -> None:
     assert [(mail.delivery.email_id, mail.alone) for mail in consumer.take(8)] == [(M2, True)]
 
 
+def test_what_was_begun_runs_though_redis_goes_away_before_the_suspect_begins(store: Store, flaky: Flaky) -> None:
+    """The new mail is handed on in that turn, the suspect in the next one."""
+    crashed(store, 1)
+    publish(store, 2)
+    consumer = joined(store, redis=RedisClient(flaky))
+
+    def ready() -> bool:
+        flaky.victim = "'SUSPECT'"
+        return True
+
+    consumer.alone_ready = ready
+    assert ids(consumer.take(8)) == [M2]
+    consumer.alone_ready = lambda: True
+    assert [(mail.delivery.email_id, mail.alone) for mail in consumer.take(8)] == [(M1, True)]
+
+
 def test_a_suspect_begins_when_its_process_stands_ready(store: Store) -> None:
     """Not before: a worker that is killed while that process starts has started nothing in vain."""
     crashed(store, 1)
