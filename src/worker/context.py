@@ -114,7 +114,7 @@ def encoded(value: object, most: int, what: str) -> str:
     try:
         text = _JSON.encode(value)
         size = len(text) if text.isascii() else len(text.encode())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise Permanent(f"{what} is not JSON: {error}") from error
     if size > most:
         raise Permanent(f"{what} has {size} bytes of JSON; RESULT_MAX_BYTES is {most}")

@@ -11,7 +11,7 @@ import redis
 
 from config.settings import load_settings
 from src.common.clock import Clock
-from src.common.exceptions import BreakerOpen, GroupMissing, Permanent, RedisUnavailable
+from src.common.exceptions import BreakerOpen, GroupMissing, Permanent, RedisUnavailable, RetryLater
 from src.common.redis_client import Arg, Fields, RedisClient, Transport
 from src.mail.record import Email
 from src.worker import recovery
@@ -143,6 +143,15 @@ def test_a_failed_mail_comes_back_until_it_is_dead(store: Store) -> None:
     assert consumer.take(8) == []
     assert store.content() == {"index": {M1: "D:#1"}, "dlq": [(M1, "attempts", "3")], "open": {DAY: "1"}}
     assert (consumer.counts["retried"], consumer.counts["dead"], consumer.in_flight()) == (2, 1, 0)
+
+
+def test_a_delay_that_is_no_number_is_settled(store: Store) -> None:
+    """`RetryLater("60")`: in the settler's thread, where an error would end one worker after the other."""
+    consumer = joined(store)
+    publish(store, 1)
+    [started] = consumer.take(8)
+    consumer.settle([settled(started, RetryLater("60", "busy"), consumer.terms)])
+    assert store.content()["due"] == {f"1-0|{M1}"}
 
 
 def test_a_batch_is_settled_by_each_mails_own_outcome(store: Store) -> None:
