@@ -490,10 +490,13 @@ def test_reading_stops_while_every_breaker_is_open(store: Store) -> None:
     [
         ({"hello": "world"}, "no schema"),
         (fields_of(M1, schema="x"), "no schema"),
+        (fields_of(M1, schema="²"), "no schema"),
+        (fields_of(M1, schema="9" * 5000), "no schema"),
         (fields_of("nonsense"), "no valid email_id"),
         (fields_of("gm:a:99999999999999999999999"), "no valid email_id"),
         (fields_of("gm:b:1"), "email_id of another account"),
         (fields_of(M1, internal_date="yesterday"), "internal_date is neither empty nor YYYY-MM-DDTHH:MM:SSZ"),
+        (fields_of(M1, internal_date="٢٠٢٦-01-31T00:00:00Z"), "internal_date is neither empty nor YYYY-MM-DDTHH:MM:SSZ"),
         ({name: text for name, text in fields_of(M1).items() if name != "record"}, "no mailbox or record"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -508,6 +511,15 @@ def test_a_foreign_entry_is_buried_with_the_reason_and_holds_nobody(store: Store
     assert (letter["dead_id"], letter["dead_reason"], letter["dead_error"]) == ("foreign:1-0", "foreign", reason)
     assert store.content()["stream"] == {"2-0": M2}
     assert "index" in store.content()
+
+
+@pytest.mark.parametrize("replays", ["²", "9" * 5000, "-1", "x"], ids=lambda replays: replays[:2])
+def test_replays_that_are_no_number_are_none(store: Store, replays: str) -> None:
+    """The mail is handled like any other."""
+    consumer = joined(store)
+    store.add("1-0", fields_of(M1, replays=replays))
+    settle(consumer, consumer.take(8))
+    assert store.content()["results"] == [(M1, "done", '{"uid":1}')]
 
 
 def test_unknown_fields_are_ignored(store: Store) -> None:
