@@ -65,7 +65,7 @@ class Consumer:
         self._deaths: deque[str] = deque(maxlen=LAST)  # the error group of each dead mail, "" for a done one
         self._dead_at_stop = 0
         self._next_look = 0.0
-        self._no_recovery_before = 0.0  # after an outage every lease looks run out until its owner has renewed it
+        self._no_recovery_before = 0.0
 
     @property
     def renew_every(self) -> float:
@@ -94,6 +94,10 @@ class Consumer:
     def _running(self) -> int:
         return len(self._in_flight) - len(self._suspects) - len(self._unbegun)
 
+    def redis_was_away(self) -> None:
+        """After an outage every lease looks run out: none is taken over before its owner could renew it."""
+        self._no_recovery_before = self.clock.monotonic() + self.renew_every
+
     # take and begin
 
     def take(self, room: int) -> list[Started]:
@@ -107,7 +111,7 @@ class Consumer:
             started = self._take(room)
             return started + self._begin_suspect()
         except Transient:
-            self._no_recovery_before = self.clock.monotonic() + self.renew_every
+            self.redis_was_away()
             if not started:
                 raise
             return started  # they are begun, so they run; the suspect waits for the next turn
@@ -396,7 +400,12 @@ class Consumer:
         """Renew the leases of everything in flight."""
         with self.settled:
             mine = list(self._in_flight.values())
-        for stream_id in recovery.renew(self.seat, mine):
+        try:
+            lost = recovery.renew(self.seat, mine)
+        except Transient:
+            self.redis_was_away()
+            raise
+        for stream_id in lost:
             log.debug("the lease of %s is lost", stream_id)
 
     def hand_back(self) -> int:

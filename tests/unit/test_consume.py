@@ -253,6 +253,21 @@ def test_after_an_outage_nothing_is_recovered_before_its_owner_could_renew_it(st
     assert store.content()["pending"]["1-0"] == ("w2", 2)
 
 
+def test_a_renewal_that_fails_tells_of_an_outage_too(store: Store, flaky: Flaky) -> None:
+    """A worker whose places are all taken asks Redis for nothing else."""
+    owner, consumer = joined(store, "w1"), joined(store, "w2", redis=RedisClient(flaky))
+    publish(store, 1)
+    owner.take(8)
+    publish(store, 2)
+    consumer.take(1)
+    store.age("1-0", "w1", HOUR)
+    flaky.victim = "Renew the leases"
+    with pytest.raises(RedisUnavailable):
+        consumer.renew()
+    assert consumer.take(8) == []
+    assert store.content()["pending"]["1-0"] == ("w1", 1)
+
+
 def test_what_waits_to_run_alone_takes_no_handlers_place(store: Store) -> None:
     """Nor does the one that runs alone: at_work is what fills threads; in_flight is what is renewed."""
     crashed(store, 1, 2)
