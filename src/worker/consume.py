@@ -26,6 +26,7 @@ from src.worker.steps import LocalServices
 
 log = logging.getLogger(__name__)
 
+MOST_AT_ONCE = 500  # mails that are due, and that are abandoned, in one turn: Lua hands at most some 8,000 values on to a command
 MOST_ERRORS = 50  # classes of errors that are told apart in `dead`; a handler may raise any number of them
 LAST = 100  # outcomes that are remembered; where half of them are deaths of one error group, something is broken
 
@@ -101,7 +102,7 @@ class Consumer:
     # take and begin
 
     def take(self, room: int) -> list[Started]:
-        """One turn: up to `room` mails to start now, and a suspect; waits up to the block time for new ones.
+        """One turn: up to `room` mails to start now, within `MOST_AT_ONCE`, and a suspect; waits up to the block time for new ones.
 
         A suspect is a mail whose last start never finished. Suspects run beside all other work, one at a time, in a process of their own:
         when the worker itself dies, only one of them was started in vain.
@@ -121,6 +122,7 @@ class Consumer:
             if not self._unbegun:
                 self._wait()
             return self._begin()
+        room = min(room, MOST_AT_ONCE)
         if self.clock.monotonic() >= self._next_look and self._look_around():
             self._taken(recovery.promote(self.seat, most=room))
             if self.clock.monotonic() >= self._no_recovery_before:

@@ -15,7 +15,7 @@ from src.common.exceptions import BreakerOpen, GroupMissing, Permanent, RedisUna
 from src.common.redis_client import Arg, Fields, RedisClient, Transport
 from src.mail.record import Email
 from src.worker import recovery
-from src.worker.consume import Consumer
+from src.worker.consume import MOST_AT_ONCE, Consumer
 from src.worker.context import Context
 from src.worker.delivery import Delivery, Seat
 from src.worker.dlq import Failure
@@ -182,6 +182,18 @@ def test_no_more_is_read_than_the_batch_size(store: Store) -> None:
     consumer = joined(store, WORKER_BATCH_SIZE=2)
     publish(store, 1, 2, 3)
     assert [ids(consumer.take(8)) for _ in range(2)] == [[M1, M2], [M3]]
+
+
+def test_no_more_is_taken_over_in_one_turn_than_a_script_can_name(store: Store) -> None:
+    """However many places there are: a refused script would end the reader."""
+    consumer, w0 = joined(store), store.seat("w0")
+    publish(store, *range(1, MOST_AT_ONCE + 11))
+    read = store.redis.read_new(store.keys.stream, GROUP, "w0", count=MOST_AT_ONCE + 10, block_ms=1)
+    recovery.release(w0, [Delivery(entry, 1, fields) for entry, fields in read])
+    consumer.take(100_000)
+    assert consumer.in_flight() == MOST_AT_ONCE
+    consumer.take(100_000)
+    assert consumer.in_flight() == MOST_AT_ONCE + 10
 
 
 def test_a_duplicate_is_dropped_and_not_started(store: Store) -> None:
