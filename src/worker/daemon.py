@@ -299,7 +299,7 @@ class Worker:
                 self.consumer.settle(outcomes)
             except GroupMissing:
                 recovery.join(self.seat)
-                self.consumer.settle(outcomes)
+                settle()  # it may be flushed again meanwhile
 
         try:
             settle()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from config.settings import load_settings
-from src.common.redis_client import RedisClient
+from src.common.redis_client import Arg, RedisClient
 from src.common.shutdown import Shutdown
 from src.worker.daemon import Worker
 from src.worker.processor import load_handlers
@@ -54,6 +55,27 @@ def test_a_renewal_that_failed_is_tried_again_after_a_second(store: Store, worke
     worker._keep_leases()
     assert waits.seconds == [20.0, 1.0, 20.0, 20.0]
     assert store.idle("1-0") < 60_000
+
+
+def test_what_is_settled_while_redis_is_flushed_again_and_again_is_let_go(
+    store: Store, worker: Worker, flaky: Flaky, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is nobody's then; in flight for ever it would hold a place, and the end of the worker."""
+    worker._join()
+    publish(store, 1)
+    outcomes = [worker.consumer.handle(started) for started in worker.consumer.take(8)]
+    flushes = iter(range(2))
+    send = flaky.execute_command
+
+    def flushed(*args: Arg) -> Any:
+        if "DONE: result" in str(args[:2]) and next(flushes, None) is not None:
+            store.redis.call("FLUSHALL")
+        return send(*args)
+
+    monkeypatch.setattr(flaky, "execute_command", flushed)
+    worker._settle(outcomes)
+    assert next(flushes, None) is None
+    assert (worker.consumer.in_flight(), worker.consumer.counts["lost"]) == (0, 1)
 
 
 def test_a_worker_that_had_to_wait_for_redis_takes_over_nothing_before_its_owner_could_renew_it(
