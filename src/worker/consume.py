@@ -238,7 +238,7 @@ class Consumer:
         self._unbegun = ours
         answers = each_answered(lambda mails: self._begun(mails, solo=False), ours)
         self._unbegun = []
-        started = []
+        started, duplicates = [], self.counts["duplicates"]
         for mail, answer in zip(ours, answers, strict=True):
             if isinstance(answer, Begun) and answer.verdict == "GO":
                 started.append(Started(mail, answer.attempts, self.handlers.of(mail.fields)))
@@ -246,9 +246,8 @@ class Consumer:
                 self._suspects.append(mail)
             else:
                 self._not_started(mail, answer)
-        duplicates = sum(1 for answer in answers if isinstance(answer, Begun) and answer.verdict == "DUP")
-        if duplicates:
-            log.info("dropped %d duplicates", duplicates)
+        if dropped := self.counts["duplicates"] - duplicates:
+            log.info("dropped %d duplicates", dropped)
         self.counts["started"] += len(started)
         return started
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from src.common.exceptions import BreakerOpen, Permanent, SkipEmail
+from src.common.circuit_breaker import says_it_failed
+from src.common.exceptions import BreakerOpen, Permanent
 from src.mail.record import Email
 
 MOST_STEPS = 100  # of one mail
@@ -78,7 +79,7 @@ class Context:
         except BreakerOpen:  # of another one
             raise
         except Exception as error:  # the handler's own, which goes on: it is only counted here
-            failed = not isinstance(error, (Permanent, SkipEmail))
+            failed = says_it_failed(error)
             raise
         finally:
             self._services.leave(permit, failed)
