@@ -21,6 +21,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Days = Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)]
 SINCE_DAYS = re.compile(r"since:(\d{1,4})d")
 HANDLER = re.compile(r"(?:[\w.]+|.+\.py):\w+")
 ARCHIVE = re.compile(r"off|file:(?!//(?!/)).+|(?!file:)[a-z][a-z0-9+.:-]*://.+")
@@ -100,15 +101,15 @@ class StreamSettings(Section):
         description="Unfinished mails at which intake waits; nothing is ever trimmed. Backfill uses a tenth.",
     )
     dlq_max: int = Field(10_000, alias="DLQ_MAX", ge=1, description="Dead letters at which workers stop reading and say so.")
-    dlq_days: Positive = Field(
+    dlq_days: Days = Field(
         90, alias="DLQ_DAYS", description="Days after which a dead letter is given up (discarded): its mail will not come back."
     )
     results_max: int = Field(100_000, alias="RESULTS_MAX", ge=1, description="About how many results are kept.")
-    results_days: Positive = Field(7, alias="RESULTS_DAYS", description="Days a result is kept.")
+    results_days: Days = Field(7, alias="RESULTS_DAYS", description="Days a result is kept.")
     result_max_bytes: int = Field(
         65_536, alias="RESULT_MAX_BYTES", ge=64, description="Largest result of a handler, in bytes of JSON."
     )
-    processed_days: Positive = Field(400, alias="PROCESSED_DAYS", description="Days the ids of finished mail are kept.")
+    processed_days: Days = Field(400, alias="PROCESSED_DAYS", description="Days the ids of finished mail are kept.")
 
 
 class MailSettings(Section):
@@ -360,7 +361,7 @@ class RunSettings(Section):
         description="Where raw mail is kept for handlers: file:<folder>, a URL of fsspec (s3://bucket/folder, with its package "
         "installed), or off. A place of this stream alone, which producer and workers share. Unset: file:data/raw (under DATA_DIR).",
     )
-    raw_retention: Positive = Field(
+    raw_retention: Days = Field(
         7, alias="RAW_RETENTION", description="Days (the unit) raw mail is kept after its mail is done, and up to one day more."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(

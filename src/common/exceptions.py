@@ -23,10 +23,11 @@ class Permanent(IngestionError):
 
 
 class RetryLater(Transient):
-    """A handler raises it to set the delay before its next attempt itself. `seconds`: that delay; the attempt counts."""
+    """A handler raises it to set the delay before its next attempt itself. `seconds`: that delay, at most a year, or what a
+    Retry-After header says; the attempt counts."""
 
-    def __init__(self, seconds: float, reason: str = "") -> None:
-        super().__init__(reason or f"again in {seconds:g} s")
+    def __init__(self, seconds: float | str, reason: str = "") -> None:
+        super().__init__(reason or f"again in {seconds} s")
         self.seconds = seconds
 
 

@@ -85,7 +85,7 @@ class Shutdown:
         def run() -> None:
             try:
                 body()
-            except Exception:  # a thread's edge: nothing above would see it
+            except BaseException:  # a thread's edge: nothing above would see it, not even SystemExit
                 log.exception("thread %s died: the process stops", name)
                 self.request(f"thread {name} died", exit_code=1)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from src.common import overview, registry
 from src.common.clock import Clock
+from src.common.digits import number_in
 from src.common.error_groups import Group, group_of, grouped
 from src.common.exceptions import IngestionError, ScriptRefused, Transient
 from src.common.keys import Keys
@@ -230,7 +231,7 @@ class Onlooker:
             entries = self._redis.entries(self._keys.stream, stream_id, stream_id, count=1)
             failed = str(tried or "0").partition("|")[0]
             subject = entries[0][1].get("subject", "") if entries else ""
-            found.append(Retry(email_id, subject, due / 1000 - now, int(failed) if failed.isdigit() else 0))
+            found.append(Retry(email_id, subject, due / 1000 - now, number_in(failed) or 0))
         return tuple(found)
 
     # the dead letters

@@ -10,6 +10,7 @@ from typing import Literal
 from src.common.batch import split
 from src.common.clock import iso
 from src.common.correlation import traceparent_of
+from src.common.digits import number_in
 from src.common.keys import Keys, day_of, open_field
 from src.common.redis_client import Fields, RedisClient
 from src.imap.imap_client import Folder, Meta
@@ -82,13 +83,12 @@ def results(redis: RedisClient, keys: Keys) -> Iterator[Finished]:
         for _, fields in page:
             if split_email_id(fields.get("email_id", "")) is None:
                 continue
-            uid = fields.get("uid", "")
             yield Finished(
                 fields["email_id"],
                 fields.get("outcome", ""),
                 fields.get("handler", ""),
                 fields.get("mailbox", ""),
-                int(uid) if uid.isdecimal() else 0,
+                number_in(fields.get("uid", "")) or 0,
                 fields.get("internal_date", ""),
                 fields.get("from", ""),
                 fields.get("raw_ref", ""),

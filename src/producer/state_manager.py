@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from src.common import pauses
 from src.common.clock import iso
+from src.common.digits import number_in
 from src.common.exceptions import ConfigurationError, DiskUnavailable
 from src.common.keys import Keys, MailboxKeys, escaped, open_field
 from src.common.redis_client import RedisClient
@@ -305,6 +306,7 @@ def _file_name(text: str, safe: str = "") -> str:
 
 def _state(known: Sequence[str]) -> State | None:
     uidvalidity, last_uid, boundary, horizon, complete, passed, floor = known
-    if not (uidvalidity.isdigit() and last_uid.isdigit()):
+    epoch, uid = number_in(uidvalidity), number_in(last_uid)
+    if epoch is None or uid is None:
         return None
-    return State(int(uidvalidity), int(last_uid), boundary, int(horizon or 0), complete == "1", int(passed or 0), int(floor or 0))
+    return State(epoch, uid, boundary, int(horizon or 0), complete == "1", int(passed or 0), int(floor or 0))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
 from src.common.clock import iso
+from src.common.digits import number_in
 from src.sandbox.consent import Refused, decide, page
 from src.sandbox.generator import KINDS
 from src.sandbox.store import Delivered, UnknownFolder
@@ -85,11 +86,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(_wrong(404, f"there is no {url.path[:100]}"))
 
     def do_POST(self) -> None:
-        size = self.headers.get("Content-Length", "0")
-        if not size.isdigit() or int(size) > _BODY_LIMIT:
+        size = number_in(self.headers.get("Content-Length", "0"))
+        if size is None or size > _BODY_LIMIT:
             self._answer(_wrong(413, "the body is too large or its length is not given"))
             return
-        body = self.rfile.read(int(size))
+        body = self.rfile.read(size)
         path, sandbox = urlsplit(self.path).path, self.server.sandbox
         if path == "/token":
             self._token(_form(body))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from src.common.exceptions import BreakerOpen, Permanent, RetryLater
+
+LONGEST_DELAY = 365 * 86_400.0  # seconds, whoever asks for more
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +42,20 @@ def ceiling(attempt: int, policy: Policy) -> float:
 def decide(error: BaseException, attempts_before: int, policy: Policy, chance: float) -> Decision:
     """`attempts_before`: failed attempts before this one. `chance`: uniform in [0, 1)."""
     attempt = attempts_before + 1
+    own = ceiling(attempt, policy) * (1 - policy.jitter * (1 - chance))
     if isinstance(error, BreakerOpen):
-        return Decision("postpone", error.seconds + chance, "")  # not all at the same moment
+        return Decision("postpone", _delay(error, own) + chance, "")  # not all at the same moment
     if isinstance(error, Permanent):
         return Decision("bury", 0.0, "permanent")
     if attempt >= policy.attempts:
         return Decision("bury", 0.0, "attempts")
-    if isinstance(error, RetryLater):
-        return Decision("retry", error.seconds, "")
-    return Decision("retry", ceiling(attempt, policy) * (1 - policy.jitter * (1 - chance)), "")
+    return Decision("retry", _delay(error, own) if isinstance(error, RetryLater) else min(own, LONGEST_DELAY), "")
+
+
+def _delay(error: RetryLater | BreakerOpen, own: float) -> float:
+    """What the error asks for, in bounds; `own`, the policy's delay, where that is no finite number: a handler may say anything."""
+    try:
+        asked = float(error.seconds)
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        asked = own
+    return min(max(0.0, asked if math.isfinite(asked) else own), LONGEST_DELAY)

@@ -141,11 +141,35 @@ def _asked(services: Sequence[Services], number: int, method: str, arguments: tu
 # the other end
 
 
+@dataclass
+class Line:
+    """The pipe, for one job: until its outcomes are sent. What a thread that a handler left behind asks later would be answered for a
+    mail of the next job."""
+
+    connection: Connection
+    closed: bool = False
+
+    def ask(self, number: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        with _asking:
+            if self.closed:
+                raise LeaseLost(f"the handler of this mail has ended: what it left running asks for {method!r} too late")
+            self.connection.send((number, method, arguments))
+            answer = self.connection.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self, outcomes: list[Outcome]) -> None:
+        with _asking:
+            self.closed = True
+            self.connection.send(outcomes)
+
+
 @dataclass(frozen=True)
 class Remote:
     """The Services of one mail of the job, asked over the pipe. `number`: the mail's place in the job."""
 
-    connection: Connection
+    line: Line
     number: int
 
     def recall(self, step: str) -> str | None:
@@ -161,12 +185,7 @@ class Remote:
         self._ask("leave", permit, failed)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        with _asking:
-            self.connection.send((self.number, method, arguments))
-            answer = self.connection.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        return self.line.ask(self.number, method, arguments)
 
 
 def _main(connection: Connection, lifeline: Connection, settings: Settings, routes: tuple[Route, ...]) -> None:
@@ -194,8 +213,9 @@ def _main(connection: Connection, lifeline: Connection, settings: Settings, rout
         except (EOFError, OSError):
             return
         batch = [Started(delivery, attempts, handlers[job.number]) for delivery, attempts in job.mails]
-        services = [Remote(connection, number) for number in range(len(batch))]
-        connection.send(_run(batch, services, terms, job.deadline))
+        line = Line(connection)
+        services = [Remote(line, number) for number in range(len(batch))]
+        line.close(_run(batch, services, terms, job.deadline))
 
 
 def _run(batch: list[Started], services: list[Remote], terms: Terms, deadline: datetime) -> list[Outcome]:

@@ -26,6 +26,7 @@ from src.worker.steps import LocalServices
 
 log = logging.getLogger(__name__)
 
+MOST_AT_ONCE = 500  # mails that are due, and that are abandoned, in one turn: Lua hands at most some 8,000 values on to a command
 MOST_ERRORS = 50  # classes of errors that are told apart in `dead`; a handler may raise any number of them
 LAST = 100  # outcomes that are remembered; where half of them are deaths of one error group, something is broken
 
@@ -65,7 +66,7 @@ class Consumer:
         self._deaths: deque[str] = deque(maxlen=LAST)  # the error group of each dead mail, "" for a done one
         self._dead_at_stop = 0
         self._next_look = 0.0
-        self._no_recovery_before = 0.0  # after an outage every lease looks run out until its owner has renewed it
+        self._no_recovery_before = 0.0
 
     @property
     def renew_every(self) -> float:
@@ -94,25 +95,34 @@ class Consumer:
     def _running(self) -> int:
         return len(self._in_flight) - len(self._suspects) - len(self._unbegun)
 
+    def redis_was_away(self) -> None:
+        """After an outage every lease looks run out: none is taken over before its owner could renew it."""
+        self._no_recovery_before = self.clock.monotonic() + self.renew_every
+
     # take and begin
 
     def take(self, room: int) -> list[Started]:
-        """One turn: up to `room` mails to start now, and a suspect; waits up to the block time for new ones.
+        """One turn: up to `room` mails to start now, within `MOST_AT_ONCE`, and a suspect; waits up to the block time for new ones.
 
         A suspect is a mail whose last start never finished. Suspects run beside all other work, one at a time, in a process of their own:
         when the worker itself dies, only one of them was started in vain.
         """
+        started: list[Started] = []
         try:
-            return self._take(room) + self._begin_suspect()
+            started = self._take(room)
+            return started + self._begin_suspect()
         except Transient:
-            self._no_recovery_before = self.clock.monotonic() + self.renew_every
-            raise
+            self.redis_was_away()
+            if not started:
+                raise
+            return started  # they are begun, so they run; the suspect waits for the next turn
 
     def _take(self, room: int) -> list[Started]:
         if room <= 0:
             if not self._unbegun:
                 self._wait()
             return self._begin()
+        room = min(room, MOST_AT_ONCE)
         if self.clock.monotonic() >= self._next_look and self._look_around():
             self._taken(recovery.promote(self.seat, most=room))
             if self.clock.monotonic() >= self._no_recovery_before:
@@ -228,7 +238,7 @@ class Consumer:
         self._unbegun = ours
         answers = each_answered(lambda mails: self._begun(mails, solo=False), ours)
         self._unbegun = []
-        started = []
+        started, duplicates = [], self.counts["duplicates"]
         for mail, answer in zip(ours, answers, strict=True):
             if isinstance(answer, Begun) and answer.verdict == "GO":
                 started.append(Started(mail, answer.attempts, self.handlers.of(mail.fields)))
@@ -236,9 +246,8 @@ class Consumer:
                 self._suspects.append(mail)
             else:
                 self._not_started(mail, answer)
-        duplicates = sum(1 for answer in answers if isinstance(answer, Begun) and answer.verdict == "DUP")
-        if duplicates:
-            log.info("dropped %d duplicates", duplicates)
+        if dropped := self.counts["duplicates"] - duplicates:
+            log.info("dropped %d duplicates", dropped)
         self.counts["started"] += len(started)
         return started
 
@@ -392,7 +401,12 @@ class Consumer:
         """Renew the leases of everything in flight."""
         with self.settled:
             mine = list(self._in_flight.values())
-        for stream_id in recovery.renew(self.seat, mine):
+        try:
+            lost = recovery.renew(self.seat, mine)
+        except Transient:
+            self.redis_was_away()
+            raise
+        for stream_id in lost:
             log.debug("the lease of %s is lost", stream_id)
 
     def hand_back(self) -> int:

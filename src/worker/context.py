@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from src.common.exceptions import BreakerOpen, Permanent, SkipEmail
+from src.common.circuit_breaker import says_it_failed
+from src.common.exceptions import BreakerOpen, Permanent
 from src.mail.record import Email
 
 MOST_STEPS = 100  # of one mail
@@ -78,7 +79,7 @@ class Context:
         except BreakerOpen:  # of another one
             raise
         except Exception as error:  # the handler's own, which goes on: it is only counted here
-            failed = not isinstance(error, (Permanent, SkipEmail))
+            failed = says_it_failed(error)
             raise
         finally:
             self._services.leave(permit, failed)
@@ -114,7 +115,7 @@ def encoded(value: object, most: int, what: str) -> str:
     try:
         text = _JSON.encode(value)
         size = len(text) if text.isascii() else len(text.encode())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise Permanent(f"{what} is not JSON: {error}") from error
     if size > most:
         raise Permanent(f"{what} has {size} bytes of JSON; RESULT_MAX_BYTES is {most}")

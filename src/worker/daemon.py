@@ -47,6 +47,8 @@ from src.worker.runners import Runners
 log = logging.getLogger(__name__)
 
 FIRST_PORT = 8081
+RENEW_AGAIN = 1.0  # seconds from a renewal that failed to the next one: in an outage leases go on running out
+SLOW_JOIN = 1.0  # seconds: a first answer of Redis that took longer was waited for
 GROUP_COMMIT = 0.005  # seconds that a finished mail waits for others to be settled with it
 
 
@@ -107,8 +109,7 @@ class Worker:
         check_policy(self.seat.redis, allow_eviction=settings.redis.allow_eviction)
         tracing.configure("email-worker")
         stop_endpoint = self._open_endpoint()
-        retry_on_redis_error(shutdown)(recovery.join)(self.seat)
-        self.joined = True
+        self._join()
         self.watch = watch = self._watch()
         watch.start(settings.redis.socket_timeout)
         self.consumer.pause = lambda: watch.paused(pauses.WORKERS)
@@ -144,6 +145,23 @@ class Worker:
         shutdown.run_steps()
         self._report()
         log.info("stopped after %.1f s", self.clock.monotonic() - began)
+
+    def _join(self) -> None:
+        """Enter the group. Where that had to wait for Redis, the leases of the others ran out meanwhile."""
+
+        @retry_on_redis_error(self.shutdown)
+        def join() -> None:
+            began = self.clock.monotonic()
+            try:
+                recovery.join(self.seat)
+            except Transient:
+                self.consumer.redis_was_away()
+                raise
+            if self.clock.monotonic() - began > SLOW_JOIN:
+                self.consumer.redis_was_away()
+
+        join()
+        self.joined = True
 
     def _look_at_archive(self) -> None:
         """Say at once what a handler would find out with its first `email.raw()`."""
@@ -282,7 +300,7 @@ class Worker:
                 self.consumer.settle(outcomes)
             except GroupMissing:
                 recovery.join(self.seat)
-                self.consumer.settle(outcomes)
+                settle()  # it may be flushed again meanwhile
 
         try:
             settle()
@@ -294,12 +312,15 @@ class Worker:
 
     def _keep_leases(self) -> None:
         every = self.consumer.renew_every
-        while not self.stopped.wait(every):
+        failed = False
+        while not self.stopped.wait(min(every, RENEW_AGAIN) if failed else every):
             self.beats.turn("leases", limit=60 + self.settings.redis.socket_timeout + every)
             try:
                 self.consumer.renew()
+                failed = False
             except Transient as error:
-                log.warning("leases could not be renewed: %s", error)
+                log.log(logging.DEBUG if failed else logging.WARNING, "leases could not be renewed: %s", error)
+                failed = True
 
     def _pulse(self) -> None:
         """A thread that holds the GIL for a lease starves the renewal: then the process ends and shows where it stood."""

@@ -9,6 +9,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import NamedTuple
 
+from src.common.digits import number_in
 from src.common.keys import Keys, open_field
 from src.common.redis_client import Fields, RedisClient
 from src.mail.record import SCHEMA, member_of, split_email_id
@@ -38,7 +39,7 @@ class Delivery:
     def foreign(self) -> str:
         """Why this entry is no mail of ours; "" if it is one."""
         id_parts = split_email_id(self.fields.get("email_id", ""))
-        if not self.fields.get("schema", "").isdigit():
+        if number_in(self.fields.get("schema", "")) is None:
             return "no schema"
         if id_parts is None:
             return "no valid email_id"
@@ -54,7 +55,7 @@ class Delivery:
     def newer(self) -> bool:
         """Written by a producer of a later major schema than this worker knows."""
         schema = self.fields.get("schema", "")
-        return schema != SCHEMA and schema.isdigit() and int(schema) > int(SCHEMA)
+        return schema != SCHEMA and (number_in(schema) or 0) > int(SCHEMA)
 
     @cached_property
     def email_id(self) -> str:
@@ -66,8 +67,7 @@ class Delivery:
 
     @property
     def replays(self) -> int:
-        replays = self.fields.get("replays", "0")
-        return int(replays) if replays.isdigit() else 0
+        return number_in(self.fields.get("replays", "")) or 0
 
 
 def sorted_out(mails: Iterable[Delivery]) -> tuple[list[Delivery], list[Delivery], list[Delivery]]:
@@ -110,7 +110,7 @@ def is_internal_date(text: str) -> bool:
     try:
         if _AS_WRITTEN.fullmatch(text):  # strptime takes seven times as long
             return datetime.fromisoformat(text[:-1]) is not None
-        return text == "" or datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ") is not None
+        return text == "" or (text.isascii() and datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ") is not None)
     except ValueError:
         return False
 

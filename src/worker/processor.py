@@ -244,9 +244,9 @@ def handle_batch(batch: Sequence[Started], services: Sequence[Services], terms: 
         verdicts = batch[0].handler.call([email for email, _ in told], [context for _, context in told])
         if not isinstance(verdicts, (list, tuple)) or len(verdicts) != len(batch):
             raise Permanent(f"a batch handler returns one verdict a mail: a list of {len(batch)}, not {_described(verdicts)}")
+        return [_judged(started, verdict, terms) for started, verdict in zip(batch, verdicts, strict=True)]
     except BaseException as error:  # noqa: BLE001  # as above
         return [settled(started, error, terms) for started in batch]
-    return [_judged(started, verdict, terms) for started, verdict in zip(batch, verdicts, strict=True)]
 
 
 def _described(value: object) -> str:
@@ -256,7 +256,7 @@ def _described(value: object) -> str:
 def _judged(started: Started, verdict: object, terms: Terms) -> Outcome:
     try:
         return settled(started, verdict, terms) if isinstance(verdict, BaseException) else done(started, verdict, terms)
-    except Permanent as error:
+    except BaseException as error:  # noqa: BLE001  # as above: what it returned may be of any class
         return settled(started, error, terms)
 
 
@@ -292,7 +292,15 @@ def done(started: Started, result: object, terms: Terms) -> Done:
 
 
 def settled(started: Started, error: BaseException, terms: Terms) -> Outcome:
-    """What becomes of a mail for which the handler raised `error`."""
+    """What becomes of a mail for which the handler raised `error`; of any class, so looking at it may fail too."""
+    try:
+        return _settled(started, error, terms)
+    except BaseException as broken:  # noqa: BLE001  # as above
+        seen = f"{type(error).__name__} cannot be looked at: that raises {type(broken).__name__}"
+        return _settled(started, RuntimeError(seen), terms)
+
+
+def _settled(started: Started, error: BaseException, terms: Terms) -> Outcome:
     if isinstance(error, SkipEmail):
         reason = _words(error)[:500].encode(errors="replace").decode()
         return Done(started.delivery, "skipped", json.dumps({"reason": reason}, ensure_ascii=False), started.handler.spec)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from src.common.exceptions import ConfigurationError
 from src.worker.delivery import Delivery, Seat, deliveries
 
+PAGE = 1_000  # mails in one call: Lua hands at most some 8,000 values on to a command
 REAP_AFTER_MS = 3_600_000  # a consumer that holds nothing and has not asked for an hour is gone
 
 
@@ -36,8 +37,11 @@ def reap(seat: Seat) -> int:
 
 def renew(seat: Seat, mails: Sequence[Delivery]) -> list[str]:
     """Renew the leases of `mails`; the stream ids of those that are no longer ours."""
-    held = [part for mail in mails for part in (mail.stream_id, mail.count)]
-    return list(seat.redis.run("renew", [seat.keys.stream], [seat.group, seat.consumer, *held])) if mails else []
+    lost: list[str] = []
+    for page in _pages(mails):
+        held = [part for mail in page for part in (mail.stream_id, mail.count)]
+        lost += seat.redis.run("renew", [seat.keys.stream], [seat.group, seat.consumer, *held])
+    return lost
 
 
 def recover(seat: Seat, *, lease: float, most: int, in_flight: Iterable[str]) -> list[Delivery]:
@@ -55,7 +59,12 @@ def promote(seat: Seat, *, most: int) -> list[Delivery]:
 
 def release(seat: Seat, mails: Sequence[Delivery]) -> int:
     """Hand `mails` back: any worker takes them at its next tick, and their start is not counted. How many were still ours."""
-    held = [part for mail in mails for part in (mail.stream_id, mail.count, mail.email_id)]
-    return (
-        int(seat.redis.run("release", [seat.keys.stream, seat.keys.starts], [seat.group, seat.consumer, *held])) if mails else 0
-    )
+    released = 0
+    for page in _pages(mails):
+        held = [part for mail in page for part in (mail.stream_id, mail.count, mail.email_id)]
+        released += seat.redis.run("release", [seat.keys.stream, seat.keys.starts], [seat.group, seat.consumer, *held])
+    return released
+
+
+def _pages(mails: Sequence[Delivery]) -> list[Sequence[Delivery]]:
+    return [mails[first : first + PAGE] for first in range(0, len(mails), PAGE)]

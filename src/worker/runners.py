@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import sys
 import threading
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 
 from src.common.clock import Clock
 from src.common.exceptions import Fatal, IngestionError
@@ -24,7 +26,8 @@ from src.worker.backoff import decide
 from src.worker.child import Child, Ended, Job
 from src.worker.consume import Consumer
 from src.worker.dlq import Failure
-from src.worker.processor import Handler, Outcome, Started, handle_async, handle_batch
+from src.worker.processor import Handler, Outcome, Started, handle_async, handle_batch, settled
+from src.worker.steps import LocalServices
 
 log = logging.getLogger(__name__)
 
@@ -335,10 +338,11 @@ class Suspects:
 
 @dataclass
 class Loop:
-    """The one event loop on which async handlers run."""
+    """The one event loop on which async handlers run. Each mail is one task, the handler's own, and no task of ours waits for it: a
+    handler may cancel all that there are."""
 
     runners: Runners
-    _tasks: dict[asyncio.Task[None], Started] = field(default_factory=dict)
+    _tasks: dict[asyncio.Task[Outcome], Started] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._turned = 0.0
@@ -354,34 +358,46 @@ class Loop:
         asyncio.set_event_loop(self._loop)
         self._turn()
         self._loop.run_forever()
+        raise Fatal("an async handler stopped the event loop")
 
     def _turn(self) -> None:
         self._turned = self.runners.clock.monotonic()
         self._loop.call_later(0.5, self._turn)
 
     def _begin(self, mail: Started) -> None:
-        task = self._loop.create_task(self._handle(mail))
-        self._tasks[task] = mail
-        task.add_done_callback(self._tasks.pop)
-
-    async def _handle(self, mail: Started) -> None:
-        runners = self.runners
+        runners, timeout = self.runners, mail.handler.timeout
         services = runners.consumer.services(mail)
-        timeout = mail.handler.timeout
         deadline = runners.clock.wall() + timedelta(seconds=timeout)
         began = runners.clock.monotonic()
-        work = self._loop.create_task(handle_async(mail, services, runners.consumer.terms, deadline))
-        done, _ = await asyncio.wait({work}, timeout=timeout)
-        runners.time(mail, began)
-        if done:
-            runners.settle(runners.consumer.finished(mail, services, work.result()))
-            return
-        log.error("%s takes longer than %g s with %s: cancelled", mail.handler.spec, timeout, mail.delivery.email_id)
-        stack = "".join("".join(traceback.format_stack(frame)) for frame in work.get_stack(limit=10))
-        work.cancel()
-        runners.settle(runners.timed_out(mail, stack))
+        task = self._loop.create_task(handle_async(mail, services, runners.consumer.terms, deadline))
+        self._tasks[task] = mail
+        timer = self._loop.call_later(timeout, self._give_up, task, began)
+        task.add_done_callback(partial(self._over, services, began, timer))
+
+    def _over(self, services: LocalServices, began: float, timer: asyncio.TimerHandle, task: asyncio.Task[Outcome]) -> None:
+        mail = self._tasks.pop(task, None)
+        if mail is None:
+            return  # given up: what comes of it is ignored
+        timer.cancel()
+        self.runners.time(mail, began)
+        try:
+            outcome = task.result()
+        except BaseException as error:  # noqa: BLE001  # another handler cancelled it before it began: its mail's fate too
+            outcome = settled(mail, error, self.runners.consumer.terms)
+        self.runners.settle(self.runners.consumer.finished(mail, services, outcome))
+
+    def _give_up(self, task: asyncio.Task[Outcome], began: float) -> None:
+        if task.done():
+            return  # a moment ago
+        mail = self._tasks.pop(task)
+        self.runners.time(mail, began)
+        log.error("%s takes longer than %g s with %s: cancelled", mail.handler.spec, mail.handler.timeout, mail.delivery.email_id)
+        stack = "".join("".join(traceback.format_stack(frame)) for frame in task.get_stack(limit=10))
+        task.cancel()
+        self.runners.settle(self.runners.timed_out(mail, stack))
 
     def look_for_late(self, now: float) -> None:
         """A handler that blocks the loop holds every mail on it: where it does so for its whole time-out, only a restart helps."""
-        if self._turned and self._tasks and now - self._turned > max(mail.handler.timeout for mail in [*self._tasks.values()]):
+        longest = max((mail.handler.timeout for mail in [*self._tasks.values()]), default=math.inf)
+        if self._turned and now - self._turned > longest:
             self.runners.shutdown.request("an async handler blocks the event loop: use await, or a plain function", exit_code=1)

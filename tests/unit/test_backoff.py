@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.common.exceptions import MailboxMissing, Permanent, RedisUnavailable
-from src.worker.backoff import Decision, Policy, ceiling, decide
+from src.common.exceptions import BreakerOpen, MailboxMissing, Permanent, RedisUnavailable, RetryLater
+from src.worker.backoff import LONGEST_DELAY, Decision, Policy, ceiling, decide
 
 policies = st.builds(
     Policy,
@@ -53,6 +56,38 @@ def test_permanent_buries_at_once(policy: Policy, before: int, chance: float) ->
 def test_whatever_is_not_permanent_is_retried(error: BaseException) -> None:
     """A handler that calls sys.exit is retried as one that raises."""
     assert decide(error, 0, Policy(), 0.5) == Decision("retry", 0.5, "")
+
+
+class Unset(RetryLater):
+    def __init__(self) -> None:
+        """Without the delay."""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "delay"),
+    [(60, 60.0), ("60", 60.0), (" 1.5 ", 1.5), (-5, 0.0), ("-5", 0.0), (1e300, LONGEST_DELAY), ("9" * 300, LONGEST_DELAY)]
+    + [
+        (said, 0.5)
+        for said in (None, "", "Wed, 21 Oct 2026 07:28:00 GMT", timedelta(60), float("inf"), float("nan"), 10**400, "²")
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_whatever_a_handler_asks_for_its_delay_is_a_number(seconds: Any, delay: float) -> None:
+    """Numbers in bounds are taken, also as text; for anything else the policy's own delay."""
+    assert decide(RetryLater(seconds), 0, Policy(), 0.5) == Decision("retry", delay, "")
+    breaker = BreakerOpen("crm", 1.0)
+    breaker.seconds = seconds
+    assert decide(breaker, 0, Policy(), 0.5) == Decision("postpone", delay + 0.5, "")
+
+
+def test_an_error_that_asks_for_no_delay_gets_the_policys() -> None:
+    """A subclass that does not call the constructor of RetryLater."""
+    assert decide(Unset(), 0, Policy(), 0.5) == Decision("retry", 0.5, "")
+
+
+def test_no_policy_waits_longer_than_the_longest_delay() -> None:
+    """A delay that Redis cannot be told would end each worker."""
+    assert decide(OSError(), 0, Policy(base=1e308, cap=1e308), 0.5) == Decision("retry", LONGEST_DELAY, "")
 
 
 def test_the_default_policy_in_numbers() -> None:

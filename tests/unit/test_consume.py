@@ -11,11 +11,11 @@ import redis
 
 from config.settings import load_settings
 from src.common.clock import Clock
-from src.common.exceptions import BreakerOpen, GroupMissing, Permanent, RedisUnavailable
+from src.common.exceptions import BreakerOpen, GroupMissing, Permanent, RedisUnavailable, RetryLater
 from src.common.redis_client import Arg, Fields, RedisClient, Transport
 from src.mail.record import Email
 from src.worker import recovery
-from src.worker.consume import Consumer
+from src.worker.consume import MOST_AT_ONCE, Consumer
 from src.worker.context import Context
 from src.worker.delivery import Delivery, Seat
 from src.worker.dlq import Failure
@@ -145,6 +145,15 @@ def test_a_failed_mail_comes_back_until_it_is_dead(store: Store) -> None:
     assert (consumer.counts["retried"], consumer.counts["dead"], consumer.in_flight()) == (2, 1, 0)
 
 
+def test_a_delay_that_is_no_number_is_settled(store: Store) -> None:
+    """`RetryLater("60")`: in the settler's thread, where an error would end one worker after the other."""
+    consumer = joined(store)
+    publish(store, 1)
+    [started] = consumer.take(8)
+    consumer.settle([settled(started, RetryLater("60", "busy"), consumer.terms)])
+    assert store.content()["due"] == {f"1-0|{M1}"}
+
+
 def test_a_batch_is_settled_by_each_mails_own_outcome(store: Store) -> None:
     """Done, retried and dead in one call."""
     consumer = joined(store)
@@ -173,6 +182,18 @@ def test_no_more_is_read_than_the_batch_size(store: Store) -> None:
     consumer = joined(store, WORKER_BATCH_SIZE=2)
     publish(store, 1, 2, 3)
     assert [ids(consumer.take(8)) for _ in range(2)] == [[M1, M2], [M3]]
+
+
+def test_no_more_is_taken_over_in_one_turn_than_a_script_can_name(store: Store) -> None:
+    """However many places there are: a refused script would end the reader."""
+    consumer, w0 = joined(store), store.seat("w0")
+    publish(store, *range(1, MOST_AT_ONCE + 11))
+    read = store.redis.read_new(store.keys.stream, GROUP, "w0", count=MOST_AT_ONCE + 10, block_ms=1)
+    recovery.release(w0, [Delivery(entry, 1, fields) for entry, fields in read])
+    consumer.take(100_000)
+    assert consumer.in_flight() == MOST_AT_ONCE
+    consumer.take(100_000)
+    assert consumer.in_flight() == MOST_AT_ONCE + 10
 
 
 def test_a_duplicate_is_dropped_and_not_started(store: Store) -> None:
@@ -242,6 +263,21 @@ def test_after_an_outage_nothing_is_recovered_before_its_owner_could_renew_it(st
     for _ in range(20):
         consumer.take(8)
     assert store.content()["pending"]["1-0"] == ("w2", 2)
+
+
+def test_a_renewal_that_fails_tells_of_an_outage_too(store: Store, flaky: Flaky) -> None:
+    """A worker whose places are all taken asks Redis for nothing else."""
+    owner, consumer = joined(store, "w1"), joined(store, "w2", redis=RedisClient(flaky))
+    publish(store, 1)
+    owner.take(8)
+    publish(store, 2)
+    consumer.take(1)
+    store.age("1-0", "w1", HOUR)
+    flaky.victim = "Renew the leases"
+    with pytest.raises(RedisUnavailable):
+        consumer.renew()
+    assert consumer.take(8) == []
+    assert store.content()["pending"]["1-0"] == ("w1", 1)
 
 
 def test_what_waits_to_run_alone_takes_no_handlers_place(store: Store) -> None:
@@ -321,6 +357,22 @@ def test_suspects_run_one_at_a_time_beside_new_mail(store: Store) -> None:
     assert consumer.take(8) == [], "a second suspect starts beside the first"
     settle(consumer, first[1:])
     assert [(mail.delivery.email_id, mail.alone) for mail in consumer.take(8)] == [(M2, True)]
+
+
+def test_what_was_begun_runs_though_redis_goes_away_before_the_suspect_begins(store: Store, flaky: Flaky) -> None:
+    """The new mail is handed on in that turn, the suspect in the next one."""
+    crashed(store, 1)
+    publish(store, 2)
+    consumer = joined(store, redis=RedisClient(flaky))
+
+    def ready() -> bool:
+        flaky.victim = "'SUSPECT'"
+        return True
+
+    consumer.alone_ready = ready
+    assert ids(consumer.take(8)) == [M2]
+    consumer.alone_ready = lambda: True
+    assert [(mail.delivery.email_id, mail.alone) for mail in consumer.take(8)] == [(M1, True)]
 
 
 def test_a_suspect_begins_when_its_process_stands_ready(store: Store) -> None:
@@ -465,10 +517,13 @@ def test_reading_stops_while_every_breaker_is_open(store: Store) -> None:
     [
         ({"hello": "world"}, "no schema"),
         (fields_of(M1, schema="x"), "no schema"),
+        (fields_of(M1, schema="²"), "no schema"),
+        (fields_of(M1, schema="9" * 5000), "no schema"),
         (fields_of("nonsense"), "no valid email_id"),
         (fields_of("gm:a:99999999999999999999999"), "no valid email_id"),
         (fields_of("gm:b:1"), "email_id of another account"),
         (fields_of(M1, internal_date="yesterday"), "internal_date is neither empty nor YYYY-MM-DDTHH:MM:SSZ"),
+        (fields_of(M1, internal_date="٢٠٢٦-01-31T00:00:00Z"), "internal_date is neither empty nor YYYY-MM-DDTHH:MM:SSZ"),
         ({name: text for name, text in fields_of(M1).items() if name != "record"}, "no mailbox or record"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -483,6 +538,15 @@ def test_a_foreign_entry_is_buried_with_the_reason_and_holds_nobody(store: Store
     assert (letter["dead_id"], letter["dead_reason"], letter["dead_error"]) == ("foreign:1-0", "foreign", reason)
     assert store.content()["stream"] == {"2-0": M2}
     assert "index" in store.content()
+
+
+@pytest.mark.parametrize("replays", ["²", "9" * 5000, "-1", "x"], ids=lambda replays: replays[:2])
+def test_replays_that_are_no_number_are_none(store: Store, replays: str) -> None:
+    """The mail is handled like any other."""
+    consumer = joined(store)
+    store.add("1-0", fields_of(M1, replays=replays))
+    settle(consumer, consumer.take(8))
+    assert store.content()["results"] == [(M1, "done", '{"uid":1}')]
 
 
 def test_unknown_fields_are_ignored(store: Store) -> None:

@@ -416,6 +416,15 @@ def test_results_are_a_bounded_log(store: Store, ids: list[str], most: int) -> N
     assert store.content()["results"][-1] == (M1, "done", "{}")
 
 
+def test_results_may_be_kept_for_longer_than_the_clock_counts(store: Store) -> None:
+    """A hundred years ago the server's clock was below 0: the trim is no error, which would leave the mail done by half."""
+    store.put(TWO)
+    done = [Done(store.held("1-0"), "done", "{}")]
+    answers = [complete(store.seat(), done, processed_days=1, results_max=1000, results_days=36_500) for _ in range(2)]
+    assert answers == [["OK"], ["ALREADY"]]
+    assert store.content()["results"] == [(M1, "done", "{}")]
+
+
 def test_results_within_both_bounds_are_kept(store: Store) -> None:
     store.put(TWO)
     filled_results(store, ["*"] * 300)

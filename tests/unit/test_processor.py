@@ -131,6 +131,35 @@ class Huge(Exception):
         return "x" * 10_000_000
 
 
+class Blind(Exception):
+    looks = 0
+
+    @property
+    def __notes__(self) -> list[str]:
+        self.looks += 1
+        if self.looks == 1:  # once: pytest looks too
+            raise OSError("no notes")
+        return []
+
+
+class Unsure(RetryLater):
+    @property
+    def seconds(self) -> float:
+        raise OSError("no clock")
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        return
+
+
+@pytest.mark.parametrize("error", [Blind(), Unsure(1)], ids=lambda error: type(error).__name__)
+def test_an_error_that_cannot_be_looked_at_is_still_its_mails_fate(error: Exception) -> None:
+    """Judging it runs the handler's code again; what is kept says of which class it was."""
+    outcome = run(raising(error))
+    assert isinstance(outcome, Failure)
+    assert (outcome.verb, outcome.error) == ("retry", f"{type(error).__name__} cannot be looked at: that raises OSError")
+
+
 @pytest.mark.parametrize(
     "error",
     [SystemExit(1), asyncio.CancelledError(), GeneratorExit(), KeyboardInterrupt(), Mute(), RecursionError(), Huge()],
@@ -190,6 +219,31 @@ def test_a_circular_result_buries() -> None:
     result["self"] = result
     with pytest.raises(Permanent, match="not JSON"):
         encoded(result, 1000, "it")
+
+
+def test_a_result_that_is_nested_too_deep_buries() -> None:
+    """Alone, and in a batch without its neighbours."""
+    deep: dict[str, Any] = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    alone, nested, neighbour = run(lambda email, context: deep), *batch_of(lambda emails, contexts: [deep, {}], 1, 2)
+    for outcome in (alone, nested):
+        assert isinstance(outcome, Failure)
+        assert (outcome.verb, "is not JSON" in outcome.error) == ("bury", True)
+    assert isinstance(neighbour, Done)
+
+
+def test_a_batchs_verdict_that_cannot_be_read_fails_its_mail_only() -> None:
+    """A dict of the handler's own class."""
+
+    class Broken(dict[str, Any]):
+        def items(self) -> Any:
+            raise OSError("gone")
+
+    failed, neighbour = batch_of(lambda emails, contexts: [Broken(a=1), {}], 1, 2)
+    assert isinstance(failed, Failure)
+    assert (failed.verb, failed.error_type) == ("retry", "OSError")
+    assert isinstance(neighbour, Done)
 
 
 def test_the_size_of_a_result_is_counted_in_bytes() -> None:

@@ -314,3 +314,24 @@ def test_reap_spares_the_busy_and_the_recent(store: Store) -> None:
     assert reaped == 1
     assert store.consumers() == {"w1", "w2"}
     assert store.content() == THREE
+
+
+# many
+
+
+def test_more_mail_than_a_script_can_name_is_renewed_and_handed_back(store: Store) -> None:
+    """`unpack` in Lua ends at some 8,000 values: the thread that renews the leases would die of it."""
+    seat, most = store.seat("w1"), 8_100
+    recovery.join(seat)
+    add = "for i = 1, tonumber(ARGV[1]) do redis.call('XADD', KEYS[1], i .. '-0', 'email_id', 'gm:a:' .. i) end"
+    store.redis.call("EVAL", add, 1, store.keys.stream, most)
+    mails = [
+        Delivery(entry, 1, fields)
+        for entry, fields in store.redis.read_new(store.keys.stream, GROUP, "w1", count=most, block_ms=1)
+    ]
+    store.age("1-0", "w1", HOUR)
+    store.age(f"{most}-0", "w1", HOUR)
+    assert recovery.renew(seat, mails) == []
+    assert max(store.idle("1-0"), store.idle(f"{most}-0")) < 60_000
+    assert recovery.release(seat, mails) == most
+    assert min(store.idle("1-0"), store.idle(f"{most}-0")) >= HOUR

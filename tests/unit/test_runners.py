@@ -1,14 +1,23 @@
-"""Where handlers run: which mails take a handler's place."""
+"""Where handlers run: which mails take a handler's place, and what async handlers do to each other."""
 
 from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from typing import Any
 
 import pytest
 
 from src.common.clock import SYSTEM
 from src.common.shutdown import Shutdown
+from src.mail.record import Email
 from src.worker.child import Child
-from src.worker.processor import Outcome
+from src.worker.consume import Consumer
+from src.worker.context import Context
+from src.worker.processor import Handlers, Outcome
 from src.worker.runners import Runners
+from tests.support.consumer import Function, handler_of
 from tests.support.fake import Store
 from tests.support.wait import until
 from tests.unit.test_consume import joined, publish
@@ -39,3 +48,67 @@ def test_a_mail_that_runs_alone_takes_no_place(store: Store) -> None:
     runners = Runners(consumer, lambda outcome: None, no_child, False, Shutdown(), SYSTEM)
     runners.put([started._replace(alone=True)])
     assert runners.busy == 0
+
+
+# async handlers
+
+
+def of_async(store: Store, function: Function) -> tuple[Consumer, Runners, list[Outcome]]:
+    """A consumer with an async handler, its runners at work, and where their outcomes go."""
+    consumer, outcomes = joined(store), list[Outcome]()
+    consumer.handlers = Handlers((), handler_of(function, consumer.work, "async"))
+    runners = Runners(consumer, outcomes.append, no_child, False, Shutdown(), SYSTEM)
+    runners.start()
+    return consumer, runners, outcomes
+
+
+def test_an_async_handler_that_cancels_all_tasks_fails_its_neighbours_and_strands_none(store: Store) -> None:
+    """One that waits and one that has not begun: both are tried again, and the canceller is done."""
+    begun, all_put = threading.Event(), threading.Event()
+
+    async def handler(email: Email, context: Context) -> None:
+        if email.subject == "cancel":
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+        else:
+            begun.set()
+            all_put.wait(20)  # holds the loop, so that the other two begin in one turn of it
+            await asyncio.sleep(3600)
+
+    consumer, runners, outcomes = of_async(store, handler)
+    publish(store, 1)
+    runners.put(consumer.take(8))
+    assert begun.wait(20)
+    publish(store, 2, subject="cancel")
+    publish(store, 3)
+    runners.put(consumer.take(8))
+    all_put.set()
+    until(lambda: len(outcomes) == 3, 10, "each mail has an outcome")
+    consumer.settle(outcomes)
+    content = store.content()
+    assert content["due"] == {"1-0|gm:a:1", "3-0|gm:a:3"}
+    assert content["results"] == [("gm:a:2", "done", "{}")]
+    assert (consumer.in_flight(), runners.busy) == (0, 0)
+
+
+async def stops_the_loop() -> None:
+    asyncio.get_running_loop().stop()
+
+
+async def exits() -> None:
+    sys.exit(0)
+
+
+@pytest.mark.parametrize("end", [stops_the_loop, exits])
+def test_the_end_of_the_event_loop_is_the_end_of_the_worker(store: Store, end: Any) -> None:
+    """No later mail would be handled. In a task that the handler left behind."""
+    left = []
+
+    async def handler(email: Email, context: Context) -> None:
+        left.append(asyncio.create_task(end()))
+
+    consumer, runners, _ = of_async(store, handler)
+    publish(store, 1)
+    runners.put(consumer.take(8))
+    until(lambda: runners.shutdown.requested, 10, "the worker is told to end")
+    assert (runners.shutdown.reason, runners.shutdown.exit_code) == ("thread handler-loop died", 1)

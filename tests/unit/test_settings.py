@@ -188,6 +188,7 @@ WRONG = [
     ("DLQ_MAX", "1e3", "valid integer"),
     ("RESULT_MAX_BYTES", "63", "greater than or equal to 64"),
     ("PROCESSED_DAYS", "never", "valid number"),
+    ("RESULTS_DAYS", "36501", "less than or equal to 36500"),
     ("MAILBOXES", "IN\x07BOX", "printable"),
     ("MAILBOXES", ",", "must name at least one folder"),
     ("GMAIL_USERNAME", "a\nb", "must be printable"),

@@ -53,13 +53,18 @@ def test_steps_run_in_order_of_priority() -> None:
     assert ran == ["reader", "release", "after release", "endpoint"]
 
 
-def test_a_thread_that_dies_stops_the_process_with_exit_code_1(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [IndexError("x"), SystemExit(0), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+def test_a_thread_that_dies_stops_the_process_with_exit_code_1(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
     """The traceback is logged: nothing above would see it."""
+
+    def body() -> None:
+        raise error
+
     shutdown = Shutdown()
-    thread = shutdown.guard("leases", lambda: [][0])
+    thread = shutdown.guard("leases", body)
     thread.join(20)
     assert (shutdown.reason, shutdown.exit_code) == ("thread leases died", 1)
-    assert "IndexError" in caplog.text
+    assert type(error).__name__ in caplog.text
 
 
 def test_a_thread_that_ends_stops_nothing() -> None:

@@ -34,7 +34,7 @@ for i = FIRST, #ARGV, STEP do
 end
 if #sids > 0 then
   local time = redis.call('TIME')
-  redis.call('XTRIM', KEYS[5], 'MINID', '~', string.format('%.0f', (time[1] - tonumber(ARGV[5])) * 1000))
+  redis.call('XTRIM', KEYS[5], 'MINID', '~', string.format('%.0f', math.max(0, time[1] - tonumber(ARGV[5])) * 1000))
   for set, part in pairs(members) do
     redis.call('SADD', KEYS[6 + set], unpack(part))
     redis.call('EXPIRE', KEYS[6 + set], ARGV[3])
