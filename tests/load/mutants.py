@@ -216,7 +216,7 @@ GUARDS = (
     lua("reap", "never one that holds something", "consumer.pending == 0 and", "", "recovery"),
     # it ends
     lua("complete", "owner", "if owned[sid] ~= count then", NEVER, "idempotency"),
-    lua("complete", "once in a call", "owned[sid] = 'settled'", "", "idempotency"),
+    lua("complete", "once in a call", "owned[sid] = 'settled ' .. count", "", "idempotency"),
     lua("complete", "XDEL", "redis.call('XDEL', KEYS[1], unpack(sids))", "", "idempotency"),
     lua("complete", "XACK", "redis.call('XACK', KEYS[1], ARGV[1], unpack(sids))", "", "idempotency"),
     lua("complete", "SADD", "redis.call('SADD', KEYS[6 + set], unpack(part))", "", "idempotency"),
@@ -231,7 +231,7 @@ GUARDS = (
         "memory",
     ),
     lua("fail", "owner", FENCE, NEVER, "dlq"),
-    lua("fail", "once in a call", "owned[mail.sid] = 'settled'", "", "dlq"),
+    lua("fail", "once in a call", "owned[mail.sid] = 'settled ' .. mail.count", "", "dlq"),
     lua("fail", "the start is finished", "redis.call('HDEL', KEYS[3], mail.id)", "", "dlq"),
     lua("fail", "XACK", "redis.call('XACK', KEYS[1], ARGV[1], mail.sid)", "", "dlq"),
     lua("fail", "a buried entry leaves the stream", "redis.call('XDEL', KEYS[1], mail.sid)", "", "dlq"),

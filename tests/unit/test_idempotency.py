@@ -342,6 +342,13 @@ def test_the_same_delivery_twice_in_one_call_is_completed_once(store: Store) -> 
     }
 
 
+def test_an_older_delivery_beside_the_one_that_is_completed_is_lost(store: Store) -> None:
+    """Only the same delivery was done before; what an earlier one of it says comes too late."""
+    store.put({"stream": {"1-0": M1}, "index": {M1: "S:1-0"}, "open": {DAY: "1"}, "pending": {"1-0": ("w1", 2)}})
+    assert completed(store, [store.held("1-0", 2), store.held("1-0", 1)]) == ["OK", "LOST"]
+    assert store.content() == {"processed": {DONE: {"1"}}, "results": [(M1, "done", "{}")]}
+
+
 @pytest.mark.parametrize("owner", [("w2", 1), ("w1", 2)], ids=["another consumer", "another delivery count"])
 def test_complete_of_a_zombie_changes_nothing(store: Store, owner: tuple[str, int]) -> None:
     """Neither the entry nor a result: the owner is at work on it."""

@@ -16,11 +16,11 @@ for i = FIRST, #ARGV, STEP do
     unpack(ARGV, i, i + STEP - 1)
   set, steps = tonumber(set), tonumber(steps)
   if owned[sid] ~= count then
-    local done = owned[sid] == 'settled' or redis.call('SISMEMBER', KEYS[6 + set], member) == 1
+    local done = owned[sid] == 'settled ' .. count or redis.call('SISMEMBER', KEYS[6 + set], member) == 1
     answer[#answer + 1] = done and 'ALREADY' or 'LOST'
   else
     answer[#answer + 1] = 'OK'
-    owned[sid] = 'settled'                        -- the same delivery may come twice: where Redis came back older it was given again
+    owned[sid] = 'settled ' .. count              -- the same delivery may come twice: where Redis came back older it was given again
     sids[#sids + 1] = sid
     email_ids[#email_ids + 1] = id
     members[set] = members[set] or {}

@@ -26,9 +26,9 @@ for i, mail in ipairs(mails) do
   local attempts, last, first = string.match(tries or '0||', '^(%d+)|(%d*)|?(%d*)$')
   attempts = tonumber(attempts)
   if owned[mail.sid] ~= mail.count then
-    answer[i] = {(owned[mail.sid] == 'settled' or last == mail.count) and 'ALREADY' or 'LOST', attempts}
+    answer[i] = {(owned[mail.sid] == 'settled ' .. mail.count or last == mail.count) and 'ALREADY' or 'LOST', attempts}
   else
-    owned[mail.sid] = 'settled'                   -- the same delivery may come twice: see complete
+    owned[mail.sid] = 'settled ' .. mail.count    -- the same delivery may come twice: see complete
     if mail.verb ~= 'postpone' then
       attempts = attempts + 1
       if first == '' then first = string.format('%.0f', now) end
