@@ -179,12 +179,7 @@ DAMAGES: dict[str, tuple[Damage, int, dict[str, int]]] = {
 }
 
 
-OFTEN = (
-    "XDEL of a waiting mail",
-    "XGROUP DELCONSUMER",
-    "HDEL of a mail in flight",
-    "DEL of a processed set",
-)  # the others with --all
+OFTEN = ("XDEL of a waiting mail", "HDEL of a mail in flight")  # the others with --all
 
 
 @pytest.mark.parametrize("damage", [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.full]) for name in DAMAGES])
@@ -231,6 +226,7 @@ def audit_of_redis(pipeline: Pipeline) -> repair.Findings:
         return repair.examine(client, KEYS, GROUP, mend=False)
 
 
+@pytest.mark.full
 def test_all_is_trimmed_while_the_worker_of_one_is_dead(anywhere: Pipeline) -> None:
     """XTRIM to nothing: what the dead worker held counts as held until its lease is over; then --repair brings all three again."""
     places = in_every_place(anywhere)

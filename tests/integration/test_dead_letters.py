@@ -249,6 +249,7 @@ def test_limit_and_filter_take_the_oldest_of_theirs(pipeline: Pipeline, graveyar
     assert sum(books.open.values()) == 3
 
 
+@pytest.mark.full
 def test_replay_from_two_shells_while_everything_runs(pipeline: Pipeline) -> None:
     """Two people replay the same 120 letters while a producer and a worker are at work: each mail is done once, none is lost."""
     for deaths_so_far in (40, 80, 120):  # by three workers: 50 deaths of one group would stop one

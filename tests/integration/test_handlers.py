@@ -125,7 +125,7 @@ class Workers:
         assert books.done == Counter(email_id(number) for number in range(count))
 
 
-KILLS = pytest.mark.parametrize("kills", [3, pytest.param(30, marks=[pytest.mark.full, pytest.mark.timeout(600)])])
+THIRTY = pytest.param(30, marks=[pytest.mark.full, pytest.mark.timeout(600)])
 
 
 # --- SQL ---------------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def assert_rows_are_mails(url: str, count: int) -> None:
     engine.dispose()
 
 
-@KILLS
+@pytest.mark.parametrize("kills", [3, THIRTY])
 def test_sql_kill9_under_load(url: str, valkey: RedisServer, tmp_path: Path, kills: int) -> None:
     """kill -9 of a worker at a random place, again and again: rows = mails."""
     workers = Workers(valkey, tmp_path, "sql", SQL_URL=url, SQL_CREATE_TABLES="true")
@@ -348,6 +348,7 @@ def test_sql_kill9_under_load(url: str, valkey: RedisServer, tmp_path: Path, kil
     workers.assert_done_once(kills * MAILS)
 
 
+@pytest.mark.full
 def test_postgres_restarts_under_load(postgres_of_module: PostgresServer, valkey: RedisServer, tmp_path: Path) -> None:
     """PostgreSQL goes down and comes back while workers write: what failed is retried, rows = mails."""
     url = postgres_of_module.url(postgres_of_module.new_database())
@@ -371,7 +372,7 @@ def test_postgres_restarts_under_load(postgres_of_module: PostgresServer, valkey
 # --- jsonl -------------------------------------------------------------------------------------------------------------
 
 
-@KILLS
+@pytest.mark.parametrize("kills", [THIRTY])
 def test_jsonl_kill9_under_load(valkey: RedisServer, tmp_path: Path, kills: int) -> None:
     """Two workers write one file and are killed again and again: every line is whole, every mail has one, the same when repeated."""
     path = tmp_path / "mail.jsonl"
@@ -401,7 +402,7 @@ def hook_env(server: HookServer, **env: str) -> Mapping[str, str]:
     }
 
 
-@KILLS
+@pytest.mark.parametrize("kills", [THIRTY])
 def test_webhook_kill9_under_load(valkey: RedisServer, tmp_path: Path, kills: int) -> None:
     """A receiver that keeps Idempotency-Keys has each mail once, though workers are killed and a tenth of its answers is 503."""
     draw = random.Random(SEED)

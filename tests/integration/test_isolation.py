@@ -32,7 +32,7 @@ def mails_done(pipeline: Pipeline, worker: Daemon, *email_ids: str) -> None:
     assert worker.running()
 
 
-@pytest.mark.parametrize("order", ["segfault", "exit", "kill 0"])
+@pytest.mark.parametrize("order", ["segfault", *(pytest.param(order, marks=pytest.mark.full) for order in ("exit", "kill 0"))])
 def test_a_letter_that_ends_its_process_takes_one_worker_down_and_no_more(pipeline: Pipeline, order: str) -> None:
     """In threads the first start ends the worker; its heir starts the letter in a process of its own, three times, and lives on."""
     [letter] = published(pipeline, order)

@@ -185,7 +185,7 @@ def test_only_what_is_meant(pipeline: Pipeline) -> None:
     assert mine in pipeline.books().index
 
 
-@pytest.mark.parametrize("source", ["archive", "imap"])
+@pytest.mark.parametrize("source", [pytest.param("archive", marks=pytest.mark.full), "imap"])
 def test_a_run_that_is_killed_is_gone_on_with(mailbox: Pipeline, source: str) -> None:
     """kill -9 between two pages while a worker finishes what came back: with --run each mail gets one second life, no more."""
     mailbox.deliver(*(f"mail {number}" for number in range(30)), days_ago=3)
