@@ -52,13 +52,11 @@ _MESSAGE_ID = re.compile(rb"^message-id[ \t]*:[ \t]*\S", re.IGNORECASE | re.MULT
 class Folder:
     """A mailbox as EXAMINE showed it. `name`: the server's own, also where a special use was asked for.
 
-    `uidnext`: the lowest UID the next mail may get, as far as this session knows (0: the server did not say).
-    `exists`: number of messages. `gmail`: X-GM-EXT-1 is advertised.
+    `exists`: number of messages then. `gmail`: X-GM-EXT-1 is advertised.
     """
 
     name: str
     uidvalidity: int
-    uidnext: int
     exists: int
     gmail: bool
 
@@ -179,16 +177,6 @@ class ImapMailbox:
         start = answer.get(b"BODY[]<0>")
         return start if isinstance(start, bytes) else b""
 
-    def refresh(self) -> Folder:
-        """Ask for news (NOOP, one round trip) and return the folder with the number of messages it now has.
-
-        `uidvalidity` and `uidnext` stay those of EXAMINE: only a new session learns new ones.
-        """
-        with self._speaking() as client:
-            client.noop()
-            self._take_news(client)
-        return self.folder
-
     def wait(self, seconds: float, stop: Callable[[], bool]) -> bool:
         """Wait for new mail, at most `seconds` (and at most 9 minutes): True when some arrived. RFC 2177.
 
@@ -196,7 +184,7 @@ class ImapMailbox:
         when the time is over. A session that ended meanwhile raises ImapUnavailable at once.
         """
         with self._speaking() as client:
-            if self._take_news(client):
+            if _take_news(client):
                 return True
             idle = client.has_capability("IDLE")
             if idle:
@@ -206,7 +194,7 @@ class ImapMailbox:
                 client.idle_done()
             else:
                 client.noop()
-            return self._take_news(client)
+            return _take_news(client)
 
     def _watch(self, client: Any, seconds: float, stop: Callable[[], bool]) -> None:
         """Read what the server pushes until a mail arrives, `stop` says so or the time is over."""
@@ -216,21 +204,6 @@ class ImapMailbox:
             if connection.ready(min(left, LOOK_SECONDS)):
                 connection._get_response()
                 connection._check_bye()
-
-    def _take_news(self, client: Any) -> bool:
-        """Bring `folder.exists` up to date with what was pushed since the last look; True when new mail was announced.
-
-        Servers announce it with the answer to any command, so a wait must look here before it idles.
-        """
-        _, exists = client._imap.response("EXISTS")
-        _, gone = client._imap.response("EXPUNGE")
-        for unused in ("RECENT", "FETCH", "OK"):
-            client._imap.response(unused)
-        if exists[-1] is not None:
-            self.folder = replace(self.folder, exists=int(exists[-1]))
-        elif gone[-1] is not None:
-            self.folder = replace(self.folder, exists=max(0, self.folder.exists - len(gone)))
-        return exists[-1] is not None
 
     def _search(self, first: int, criteria: list[str | date]) -> list[int]:
         with self._speaking() as client:
@@ -268,6 +241,15 @@ class ImapMailbox:
             with suppress(*FOREIGN):
                 self._client.shutdown()
             self._client = None
+
+
+def _take_news(client: Any) -> bool:
+    """Whether new mail was announced since the last look; servers do it with the answer to any command, so a wait looks here before it
+    idles."""
+    _, exists = client._imap.response("EXISTS")
+    for unused in ("EXPUNGE", "RECENT", "FETCH", "OK"):
+        client._imap.response(unused)
+    return exists[-1] is not None
 
 
 def _ask(client: Any, uids: Sequence[int], items: Sequence[str]) -> bytes:
@@ -330,7 +312,7 @@ def _examine(client: Any, mailbox: str) -> Folder:
         raise
     client._imap.response("EXISTS")
     client._imap.response("RECENT")
-    return Folder(name, answer[b"UIDVALIDITY"], answer.get(b"UIDNEXT", 0), answer[b"EXISTS"], gmail)
+    return Folder(name, answer[b"UIDVALIDITY"], answer[b"EXISTS"], gmail)
 
 
 def _holding(client: Any, use: str) -> str:

@@ -77,7 +77,7 @@ class Server:
 
     @property
     def folder(self) -> Folder:
-        return Folder("INBOX", self.uidvalidity, 0, len(self.mails), gmail=True)
+        return Folder("INBOX", self.uidvalidity, len(self.mails), gmail=True)
 
     def uids_from(self, first: int) -> list[int]:
         return sorted(uid for uid in self.mails if uid >= first)
