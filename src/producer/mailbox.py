@@ -363,7 +363,7 @@ class Mailbox:
             self.status = "CONNECTED"
             self.reader.answered()
             state = self.reader.begin(session, state)
-            self.reader.settle_absent(session)
+            self.reader.withheld.settle(session)
             ends = self.clock.monotonic() + SESSION_SECONDS
             while not (self.shutdown.requested or self.pause()):
                 state = self.reader.poll(session, state)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import partial
-from typing import Literal, NoReturn, Protocol, TypeVar
+from typing import Literal, Protocol
 
 from config.settings import Settings
 from src.common import tracing
 from src.common.batch import split
 from src.common.clock import Clock, iso
 from src.common.correlation import correlated, traceparent_of
-from src.common.exceptions import ArchiveUnavailable, ImapIncomplete, ImapUnavailable
+from src.common.exceptions import ArchiveUnavailable
 from src.common.timing import NO_STOPWATCH, Stopwatch
 from src.imap.imap_client import Folder, Meta
 from src.mail.parse import parse, stub
@@ -26,6 +26,7 @@ from src.producer.progress import Progress
 from src.producer.pulse import Pulse
 from src.producer.repair import Findings, no_checkup
 from src.producer.state_manager import Identity, Lease, Mail, MarkerFile, StateManager
+from src.producer.withheld import Withheld
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +34,6 @@ STUB_BYTES = 65_536
 WINDOW = 1000  # mails that are looked at together
 FETCH_BYTES = 8 << 20  # most bytes of bodies in one FETCH
 PUBLISH_BYTES = 1 << 20  # most bytes of records in one publish: a script over more holds the server too long
-TRIES = (
-    3  # for a mail whose data the server does not give; of a FETCH that breaks the session off, before each mail is fetched alone
-)
-BREAKS = 20  # of the session at one mail alone before that mail is given up: about an hour of pauses
 LAST = 10  # mails at the end of a folder that tell its newest INTERNALDATE
 LATE, LATE_SPAN = 1_000, 5_000  # how many mails are looked at again, within how many UIDs
 AHEAD_SECONDS = 5.0  # between two looks for new mail while old mail is read
@@ -68,10 +65,6 @@ class CheckupCall(Protocol):
 
 
 Judge = Callable[[State, int, str, str], bool]  # (state, UID, INTERNALDATE, forgotten before) → is it to be published
-Lack = Literal[
-    "data", "body", "line"
-]  # what cannot be had of a mail: anything; its octets; a connection that lasts while it is fetched
-Result = TypeVar("Result")
 Keep = Callable[[Sequence[bytes]], Callable[[], list[str]]]  # see `src.producer.archiver.Archiver.keep`
 
 
@@ -137,11 +130,9 @@ class Reader:
     _newest: str = ""
     _marker: Marker | None = None
     _marker_written: float = 0.0
-    _numbering: int = 0  # the UIDVALIDITY of these four
-    _breaks: dict[tuple[Lack, int], int] = field(default_factory=dict)
-    _tries: dict[tuple[Lack, int], int] = field(default_factory=dict)
-    _given_up: set[tuple[Lack, int]] = field(default_factory=set)
-    _gone: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.withheld = Withheld(self.pulse.title)
 
     # how to begin
 
@@ -149,9 +140,7 @@ class Reader:
         """Decide how to begin, and record it if anything is new: before the first mail of a read is published."""
         folder = session.folder
         self._next_look_back = 0.0
-        if self._numbering != folder.uidvalidity:
-            self._numbering = folder.uidvalidity
-            self._breaks, self._tries, self._given_up, self._gone = {}, {}, set(), set()
+        self.withheld.numbered(folder.uidvalidity)
         if state is not None and state.uidvalidity == folder.uidvalidity:
             self.rereading = state.first_complete and state.last_uid < state.horizon
             if self._marker is None:
@@ -192,15 +181,12 @@ class Reader:
     def _newest_of(self, session: Session, listed: Sequence[int]) -> str:
         """The newest INTERNALDATE of the last mails that the server tells of, "" where it tells of none."""
         for end in range(len(listed), 0, -LAST):
-            last = listed[max(0, end - LAST) : end]
-            breaks = {uid: self._breaks.get(("data", uid), 0) for uid in last}
-            if max(breaks.values()) >= TRIES:
-                last = [min(last, key=breaks.__getitem__)]
-            metas = self._fetched("data", last, partial(session.meta, last))
+            last = self.withheld.least_doubtful(listed[max(0, end - LAST) : end])
+            metas = self.withheld.fetched("data", last, partial(session.meta, last))
             if metas:
                 return max(meta.internal_date for meta in metas.values())
-            if any(self._tries.get(("data", uid), 0) < TRIES for uid in last):
-                self._missed("data", last)
+            if not self.withheld.tried(last):
+                self.withheld.missed("data", last)
         return ""
 
     def owned(self, lease: Lease) -> None:
@@ -216,33 +202,6 @@ class Reader:
                 "%s: Redis came back older (%s): mail since then is read again, effects may repeat", self.pulse.title, older
             )
             self.resync = self.pulse.ask_redis(partial(self.states.request_look, f"{plan.LATE}{plan.look_since(marker)}"))
-
-    def settle_absent(self, session: Session) -> None:
-        """Mails of which the server withheld something: gone if the folder does not show them twice, given up after the last try."""
-        for (lack, uid), tries in list(self._tries.items()):
-            if not session.has(uid) and not session.has(uid):
-                log.info("%s: UID %d is gone from the folder", self.pulse.title, uid)
-                self._gone.add(uid)
-                del self._tries[lack, uid]
-            elif tries >= TRIES:
-                log.error(
-                    "%s: UID %d was asked for %d times without an answer: it enters as a stub, if it was not read before",
-                    self.pulse.title,
-                    uid,
-                    tries,
-                )
-                self._given_up.add((lack, uid))
-                del self._tries[lack, uid]
-        for (lack, uid), breaks in list(self._breaks.items()):
-            if breaks >= BREAKS:
-                log.error(
-                    "%s: the session broke off %d times while UID %d was fetched: it enters as a stub, if it was not read before",
-                    self.pulse.title,
-                    breaks,
-                    uid,
-                )
-                self._given_up.add(("line", uid))
-                del self._breaks[lack, uid]
 
     # what is new
 
@@ -344,7 +303,7 @@ class Reader:
 
     def _windows(self, uids: Sequence[int]) -> list[list[int]]:
         """What is looked at together; alone what sessions broke off at."""
-        alone = {uid for (_, uid), breaks in self._breaks.items() if breaks >= TRIES}
+        alone = self.withheld.alone()
         return split(uids, lambda uid: WINDOW if uid in alone else 1, most=WINDOW, most_bytes=WINDOW)
 
     # a window of mails
@@ -365,15 +324,14 @@ class Reader:
         Raises ImapIncomplete behind the contiguous prefix.
         """
         self.pulse.turn()
-        asked = [uid for uid in uids if ("line", uid) not in self._given_up]
-        metas = self._fetched("data", asked, partial(session.meta, asked))
+        asked = [uid for uid in uids if not self.withheld.lacks("line", uid)]
+        metas = self.withheld.fetched("data", asked, partial(session.meta, asked))
         self.answered()
-        for uid in metas:
-            self._forgive("data", uid)
-        silent = {uid for uid in uids if not self._given_up.isdisjoint((("data", uid), ("line", uid)))}
+        self.withheld.came("data", metas.keys())
+        silent = {uid for uid in uids if self.withheld.lacks("data", uid) or self.withheld.lacks("line", uid)}
         if moves:  # elsewhere it has a fate already: another one, by its place alone, would be a second
             metas.update({uid: Meta(uid, "", 0, "", "", (), b"") for uid in silent})
-        out = (self._gone | silent) - metas.keys()
+        out = (self.withheld.gone | silent) - metas.keys()
         ready, absent = plan.prefix([uid for uid in uids if uid not in out], metas.keys())
         identities = {uid: self._identity(session.folder, metas[uid]) for uid in ready}
         self._newest = max([self._newest, *(metas[uid].internal_date for uid in ready)])
@@ -399,21 +357,20 @@ class Reader:
             began, whole = self.clock.wall().timestamp(), self._whole(metas, group)
             bodies = self._bodies(session, whole)
             then = self._whole(metas, following)
-            if then and not (self._breaks or self.gate() or self._over_budget(state, following)):
+            if then and not (self.withheld.in_doubt or self.gate() or self._over_budget(state, following)):
                 session.ask_bodies(then)  # it comes while this group is parsed and published
             mails, withheld = self._mails(session, [(metas[uid], identities[uid]) for uid in group], whole, bodies, began)
             for batch in split(mails, lambda mail: mail.size, most=len(group), most_bytes=PUBLISH_BYTES):
                 moved = plan.advanced(state, batch[-1].uid, left_out, passed) if moves else state
                 state = self._publish(batch, state, moved, session)
-                for mail in batch:
-                    self._forgive("body", mail.uid)
+                self.withheld.came("body", [mail.uid for mail in batch])
             if withheld:
-                self._missed("body", withheld)
+                self.withheld.missed("body", withheld)
         if moves and ready:
             moved = plan.advanced(state, ready[-1], left_out, passed)
             state = self._publish([], state, moved) if moved != state else state
         if absent:
-            self._missed("data", absent)
+            self.withheld.missed("data", absent)
         return state
 
     def _wanted(
@@ -475,41 +432,15 @@ class Reader:
     def _spend(self, size: int) -> int:
         return self.pulse.ask_redis(lambda: self.states.spend(size, self.clock.wall()))
 
-    def _missed(self, lack: Lack, uids: Sequence[int]) -> NoReturn:
-        for uid in uids:
-            self._tries[lack, uid] = self._tries.get((lack, uid), 0) + 1
-        raise ImapIncomplete(list(uids))
-
-    def _forgive(self, lack: Lack, uid: int) -> None:
-        """The server gave it, or the mail has its fate without."""
-        self._tries.pop((lack, uid), None)
-        self._given_up.discard((lack, uid))
-
-    def _is_given_up(self, uid: int) -> bool:
-        return not self._given_up.isdisjoint((("data", uid), ("body", uid), ("line", uid)))
-
-    def _fetched(self, lack: Lack, uids: Sequence[int], fetch: Callable[[], Result]) -> Result:
-        """`fetch()`, of these mails. Where sessions break off in it again and again the server fails at one, or we at its answer."""
-        try:
-            found = fetch()
-        except ImapUnavailable:
-            for uid in uids:
-                self._breaks[lack, uid] = self._breaks.get((lack, uid), 0) + 1
-            raise
-        if self._breaks:
-            for uid in uids:
-                self._breaks.pop((lack, uid), None)
-        return found
-
     def _whole(self, metas: Mapping[int, Meta], group: Sequence[int]) -> list[int]:
         """UIDs of the mails that are read whole; the others enter as stubs."""
         most = self.settings.mail.max_message_bytes
-        return [uid for uid in group if metas[uid].size <= most and not self._is_given_up(uid)]
+        return [uid for uid in group if metas[uid].size <= most and not self.withheld.why(uid)]
 
     def _bodies(self, session: Session, whole: Sequence[int]) -> dict[int, bytes]:
         self.pulse.turn()
         fetch = partial(self.fetching.time, partial(session.bodies, whole))
-        bodies = self._fetched("body", whole, fetch) if whole else {}
+        bodies = self.withheld.fetched("body", whole, fetch) if whole else {}
         self.answered()
         size = sum(map(len, bodies.values()))
         self.fetched, self.fetched_bytes = self.fetched + len(bodies), self.fetched_bytes + size
@@ -565,8 +496,9 @@ class Reader:
     ) -> tuple[Envelope, Record]:
         """`raw`: None where the mail enters as a stub. `began`: when its body was asked for, seconds since 1970."""
         self.pulse.turn()
-        unread = raw is not None or ("line", meta.uid) in self._given_up
-        head = b"" if unread else self._fetched("body", [meta.uid], lambda: session.head(meta.uid, STUB_BYTES))
+        why, head = self.withheld.why(meta.uid), b""
+        if raw is None and not self.withheld.lacks("line", meta.uid):
+            head = self.withheld.fetched("body", [meta.uid], lambda: session.head(meta.uid, STUB_BYTES))
         correlation_id = self.new_id()
         envelope = Envelope(
             account=self.account,
@@ -588,13 +520,9 @@ class Reader:
             envelope = replace(envelope, traceparent=traceparent or traceparent_of(correlation_id))
             if raw is not None:
                 record = parse(raw, envelope)
-            elif ("line", meta.uid) in self._given_up:
-                record = stub(envelope, meta.header, f"the session broke off {BREAKS} times while this mail was fetched")
-            elif self._is_given_up(meta.uid):
-                record = stub(envelope, head or meta.header, f"the server did not give this mail in {TRIES} tries")
             else:
-                reason = f"{meta.size} bytes, above MAX_MESSAGE_BYTES={self.settings.mail.max_message_bytes}"
-                record = stub(envelope, head or meta.header, reason)
+                why = why or f"{meta.size} bytes, above MAX_MESSAGE_BYTES={self.settings.mail.max_message_bytes}"
+                record = stub(envelope, head or meta.header, why)
             log.debug("%s: UID %d is %s", self.pulse.title, meta.uid, identity.email_id)
         return envelope, record
 

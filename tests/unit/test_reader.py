@@ -25,8 +25,9 @@ from src.imap.imap_client import Folder, Meta
 from src.mail.record import Email
 from src.producer.mailbox import Mailbox, is_down
 from src.producer.plan import Marker, State
-from src.producer.reader import BREAKS, NotOurs
+from src.producer.reader import NotOurs
 from src.producer.state_manager import Held, MarkerFile, StateManager
+from src.producer.withheld import BREAKS, Withheld
 from tests.support.fake import Store
 
 NOON = datetime(2026, 2, 1, 12, tzinfo=UTC)
@@ -170,7 +171,7 @@ class House:
         assert not isinstance(lease, Held)
         self.reader.owned(lease)
         state = self.reader.begin(self.server, lease.state)
-        self.reader.settle_absent(self.server)
+        self.reader.withheld.settle(self.server)
         self.reader.look_back(self.server, self.reader.poll(self.server, state))
 
     def incomplete_session(self) -> None:
@@ -262,7 +263,7 @@ def test_hiccups_that_were_got_over_do_not_add_up(house: House, lack: str) -> No
         setattr(house.server, lack, set())
         house.session()
     assert house.stream() == [(str(uid), f"mail {1000 + uid}") for uid in (1, 2, 3, 4)]
-    assert (house.reader._tries, house.reader._given_up) == ({}, set())
+    assert house.reader.withheld == Withheld("a/INBOX", _numbering=1)
 
 
 def test_a_folder_whose_only_mail_is_withheld_is_begun_all_the_same(house: House) -> None:
@@ -315,7 +316,7 @@ def test_a_bad_line_makes_no_stub(house: House, what: str) -> None:
         house.server.put(3)
     house.session()
     assert house.stream() == [(str(uid), f"mail {1000 + uid}") for uid in (1, 2, 3)]
-    assert (house.reader._breaks, house.reader._given_up) == ({}, set())
+    assert house.reader.withheld == Withheld("a/INBOX", _numbering=1)
 
 
 # requests to look again
