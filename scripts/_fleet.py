@@ -7,8 +7,10 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from http.client import HTTPException
 from typing import Any, Literal
 
 import _path  # noqa: F401  # before the project's own modules
@@ -130,11 +132,13 @@ def page(address: str, path: str) -> tuple[int, dict[str, Any]]:
     local = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
     try:
         with urllib.request.urlopen(local + path, timeout=ANSWER_SECONDS) as answer:  # noqa: S310  # an address of our own daemons
-            return answer.status, json.load(answer)
+            return answer.status, _body(answer.read())
     except urllib.error.HTTPError as error:
-        return error.code, _body(error.read())
-    except (OSError, ValueError):
-        return 0, {}
+        with error, suppress(OSError, HTTPException):
+            return error.code, _body(error.read())
+    except (OSError, HTTPException):  # another program's port by now, or a daemon that ended as it spoke
+        pass
+    return 0, {}
 
 
 def _body(text: bytes) -> dict[str, Any]:

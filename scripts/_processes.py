@@ -107,18 +107,32 @@ class Folder:
         return lines[-1] if lines and lines[-1].startswith(f"{script_of(role)}: ") else ""
 
     def launch(self, name: str, args: Sequence[str]) -> Launched:
-        """Start `producer.py` or `worker.py` in a session of its own, what it writes appended to its log."""
-        self.logs.mkdir(parents=True, exist_ok=True)
-        with self.log_of(name).open("ab") as log:
-            offset = log.tell()
-            child = subprocess.Popen(
-                [sys.executable, script_of(name), *args], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        process = Process(name, child.pid, life_of(child.pid)[0], tuple(args))
-        facts = {"began": process.began, "args": args}
-        written = self.run / f"{name}.tmp"
-        written.write_text(f"{child.pid}\n{json.dumps(facts)}\n")
-        written.replace(self.run / f"{name}.pid")
+        """Start `producer.py` or `worker.py` in a session of its own, what it writes appended to its log.
+
+        Raises Refused where that or its pid file cannot be written: then it does not run.
+        """
+        child = None
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            with self.log_of(name).open("ab") as log:
+                offset = log.tell()
+                child = subprocess.Popen(
+                    [sys.executable, script_of(name), *args],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            process = Process(name, child.pid, life_of(child.pid)[0], tuple(args))
+            facts = {"began": process.began, "args": args}
+            written = self.run / f"{name}.tmp"
+            written.write_text(f"{child.pid}\n{json.dumps(facts)}\n")
+            written.replace(self.run / f"{name}.pid")
+        except OSError as error:
+            if child:  # one without a pid file would be known to nobody
+                child.terminate()
+                child.wait()
+            raise Refused(f"{name} cannot be started: {error}; make room, or mend the rights of {self.run.parent}") from error
         return Launched(process, child, self.log_of(name), offset)
 
     def forget(self, process: Process) -> None:

@@ -45,8 +45,11 @@ control() {
       -h | --help) echo "$usage"; exit 0 ;;
     esac
   done
-  setup_python runtime
   argument=${0##*/}
+  case $argument in # what only looks or stops installs nothing under daemons that run
+    start.sh | scale.sh) setup_python runtime ;;
+    *) [ -e .venv/.installed-runtime ] || .venv/bin/python -c 'import config.settings' 2>/dev/null || setup_python runtime ;;
+  esac
   exec .venv/bin/python scripts/control.py "${argument%.sh}" "$@"
 }
 
@@ -68,7 +71,7 @@ install_requirements() (
   arguments=()
   for file in "$@"; do arguments+=(-r "$file"); done
   .venv/bin/python -m pip install --disable-pip-version-check --no-input --no-deps --progress-bar off "${arguments[@]}" 2>&1 |
-    grep --line-buffered -vE '^( |Installing|Successfully)|already satisfied' || exit 1
+    { grep --line-buffered -vE '^( |Installing|Successfully)|already satisfied' || true; } || exit 1
   .venv/bin/python -m pip check --disable-pip-version-check
 )
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.processes import family
 
 sys.modules["_path"] = importlib.import_module("scripts._path")  # its own folder is not on our path
 processes = sys.modules["_processes"] = importlib.import_module("scripts._processes")
@@ -106,6 +110,38 @@ def test_why_a_producer_could_not_start_is_told_from_its_log(tmp_path: Path) -> 
     assert (folder.last_words("producer"), folder.last_words("worker")) == ("producer.py: there is no token file", "")
     seen = fleet.Fleet([daemon("worker")], "Valkey", last_words={"producer": folder.last_words("producer")})
     assert [trouble.text for trouble in fleet.troubles(seen)] == ["no producer runs (producer.py: there is no token file)"]
+
+
+def test_a_daemon_whose_pid_file_cannot_be_written_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: nobody would know it, and the next start.sh would start another."""
+    folder = processes.Folder(tmp_path / "data")
+    folder.run.mkdir(parents=True)
+    (folder.run / "worker-1.tmp").mkdir()  # no file can be written there
+    (tmp_path / "worker.py").write_text("import time; time.sleep(60)")
+    monkeypatch.chdir(tmp_path)
+    before = family(os.getpid())
+    with pytest.raises(processes.Refused, match=r"worker-1 cannot be started: .*Is a directory: .*worker-1\.tmp.*; make room"):
+        folder.launch("worker-1", ())
+    assert family(os.getpid()) == before
+    assert folder.processes() == []
+
+
+@pytest.mark.parametrize(
+    "answer", [b"SSH-2.0-OpenSSH_9\r\n", b'HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{"a"', b"HTTP/1.1 200 OK\r\n\r\n[]", b""]
+)
+def test_whoever_answers_in_place_of_a_daemon_is_no_daemon(answer: bytes) -> None:
+    """A port that is another program's by now, an answer that ends half-way: status.sh, stop.sh and health_check.sh go on."""
+    with socket.create_server(("127.0.0.1", 0)) as stranger, ThreadPoolExecutor() as pool:
+
+        def speak() -> None:
+            connection, _ = stranger.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(answer)
+
+        spoken = pool.submit(speak)
+        assert fleet.page(f"http://127.0.0.1:{stranger.getsockname()[1]}", "/status")[1] == {}
+        spoken.result(20)
 
 
 @pytest.mark.parametrize(
