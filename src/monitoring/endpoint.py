@@ -6,7 +6,7 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Literal
 
 import uvicorn
@@ -22,6 +22,8 @@ from src.common.health import Page
 from src.common.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
+
+AGAIN_SECONDS = 10.0  # between two looks whether a port that was taken is free
 
 
 def open_port(host: str, wanted: int | None, first: int, setting: str = "HTTP_PORT") -> socket.socket:
@@ -146,16 +148,32 @@ def serve_metrics(
 ) -> Callable[[], None]:
     """METRICS_PORT: `page` alone, on a port of its own, where one is wanted. Returns the function that ends it.
 
-    One that is taken is a warning: the page is on the daemon's own port anyway.
+    One that is taken is a warning: the page is on the daemon's own port anyway. It is asked for again: the standby that takes a mailbox
+    over is to be found where the producer before it was.
     """
     if port is None or port == "off":
         return lambda: None
+    ends: list[Callable[[], None]] = []
+
+    def listen() -> None:
+        ends.append(serve(open_port(host, port, 0, "METRICS_PORT"), {}, hosts, shutdown, [page], "metrics"))
+
+    def ask_again() -> None:
+        while not (ends or shutdown.wait(AGAIN_SECONDS)):
+            with suppress(ConfigurationError):
+                listen()
+
     try:
-        listener = open_port(host, port, 0, "METRICS_PORT")
+        listen()
     except ConfigurationError as error:
         log.warning("%s, or METRICS_PORT=off. /metrics is answered on the daemon's own port (HTTP_PORT) all the same", error)
-        return lambda: None
-    return serve(listener, {}, hosts, shutdown, [page], "metrics")
+        shutdown.guard("metrics port", ask_again)
+
+    def end() -> None:
+        for end_one in ends:
+            end_one()
+
+    return end
 
 
 def address_of(listener: socket.socket) -> str:

@@ -22,6 +22,7 @@ from src.common.shutdown import Shutdown
 from src.monitoring.endpoint import address_of, allowed_hosts, is_allowed, open_port, plain, serve, serve_metrics
 from src.monitoring.metrics import CONTENT_TYPE
 from tests.support.processes import free_port
+from tests.support.wait import until
 
 
 def test_a_loop_that_turns_in_time_is_healthy() -> None:
@@ -281,6 +282,26 @@ def test_a_second_port_that_is_taken_is_one_warning_with_the_remedy(caplog: pyte
     assert line.startswith(f"METRICS_PORT={port}: cannot listen on 127.0.0.1:{port} (")
     assert "; choose another, or METRICS_PORT=off. /metrics is answered on the daemon's own port" in line
     assert not shutdown.requested
+
+
+def test_a_second_port_is_taken_when_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A standby is found where the producer before it was."""
+    monkeypatch.setattr("src.monitoring.endpoint.AGAIN_SECONDS", 0.02)
+    shutdown = Shutdown()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        stop = serve_metrics("127.0.0.1", port, METRICS, HOSTS, shutdown)
+
+    def answers() -> bool:
+        try:
+            return whole(f"http://127.0.0.1:{port}/metrics")[:2] == (200, CONTENT_TYPE)
+        except OSError:
+            return False
+
+    until(answers, 20, "the second port answers")
+    shutdown.request("enough")
+    stop()
+    assert not answers()
 
 
 @pytest.mark.parametrize("port", [None, "off"])
