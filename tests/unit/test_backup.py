@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,10 +22,15 @@ from src.backup import files
 from src.backup.commands import KEY_AT, Command, Size, Tally, counts, key_of, renamed
 from src.backup.files import Manifest, Portable
 from src.backup.snapshot import Wire, announced
+from src.backup.take import Taken
 from src.common.exceptions import BackupError, ConfigurationError, RedisUnavailable, ScriptRefused
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
 from tests.support.servers import RedisServer
+
+for name in ("_path", "_bulk", "_command", "_steps"):
+    sys.modules[name] = importlib.import_module(f"scripts.{name}")  # its own folder is not on our path
+say_taken = importlib.import_module("scripts.backup").say_taken
 
 KEYS = Keys("s")
 HEAD: dict[str, object] = {"stream": "s", "database": 0, "taken_at": "2026-01-31T00:00:00Z", "server": "Redis 7.0.15"}
@@ -164,10 +172,11 @@ def test_bytes_that_are_no_utf8_go_there_and_back(valkey: RedisServer) -> None:
 # files
 
 
-def backup_file(folder: Path, name: str) -> Path:
+def backup_file(folder: Path, name: str, stream: str = "s") -> Path:
     path = folder / name
     path.touch()
-    files.manifest_path(path).touch()
+    manifest = Manifest(1, name, "0" * 64, 0, stream, 0, "2026-01-31T00:00:00Z", "Redis 7.0.15", None)
+    files.manifest_path(path).write_text(json.dumps(asdict(manifest)))
     return path
 
 
@@ -183,8 +192,50 @@ def test_prune_keeps_the_newest_of_ours(tmp_path: Path) -> None:
     others = {tmp_path / name for name in ("dump.rdb", "email-ingestion-20260101T000000Z.rdb.bak", "email-ingestion-old.rdb")}
     for path in others:
         path.touch()
-    assert files.prune(tmp_path, 2) == mine[:2]
+    assert files.prune(mine[-1], "s", 2) == (mine[:2], "")
     assert set(tmp_path.iterdir()) == {*others, *mine[2:], *(files.manifest_path(path) for path in mine[2:])}
+
+
+def test_prune_never_removes_what_was_just_written(tmp_path: Path) -> None:
+    """Another was named by a clock that ran ahead: the one just written stays all the same, and is one of those that are kept."""
+    ahead = backup_file(tmp_path, "email-ingestion-20360101T000000Z.rdb")
+    older = backup_file(tmp_path, "email-ingestion-20260101T000000Z.rdb")
+    written = backup_file(tmp_path, "email-ingestion-20260102T000000Z.rdb")
+    assert files.prune(written, "s", 2) == ([older], "")
+    assert files.prune(written, "s", 1) == ([ahead], "")
+    assert set(tmp_path.iterdir()) == {written, files.manifest_path(written)}
+
+
+def test_prune_removes_only_what_a_manifest_says_to_be_of_the_stream(tmp_path: Path) -> None:
+    """Of two installations with one folder neither removes the other's; without a manifest, or with a damaged one, a backup stays."""
+    other = backup_file(tmp_path, "email-ingestion-20260101T000000Z.rdb", "t")
+    alone = backup_file(tmp_path, "email-ingestion-20260102T000000Z.rdb")
+    files.manifest_path(alone).unlink()
+    damaged = backup_file(tmp_path, "email-ingestion-20260103T000000Z.rdb")
+    files.manifest_path(damaged).write_bytes(b"{")
+    written = backup_file(tmp_path, "email-ingestion-20260104T000000Z.rdb")
+    assert files.prune(written, "s", 1) == ([], "")
+    assert {other, alone, damaged, written} < set(tmp_path.iterdir())
+
+
+def test_a_backup_stands_though_an_older_one_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was in the way is said, and the exit code is 1; the one just written is there, and how to restore it is said."""
+    older = backup_file(tmp_path, "email-ingestion-20260101T000000Z.rdb")
+    written = backup_file(tmp_path, "email-ingestion-20260102T000000Z.rdb")
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    removed, left = files.prune(written, "s", 1)
+    assert (removed, left) == ([], f"{older} cannot be removed (Permission denied)")
+    manifest = files.read_manifest(written)
+    assert manifest and say_taken(Taken(written, manifest, removed, left)) == 1
+    said = capsys.readouterr()
+    assert f"the backup is written, but {left}" in said.err
+    assert str(written) in json.loads(said.out)["restore"]
 
 
 def test_backups_of_one_second_are_told_apart(tmp_path: Path) -> None:
@@ -193,11 +244,11 @@ def test_backups_of_one_second_are_told_apart(tmp_path: Path) -> None:
     names = []
     for kind in ("rdb", "jsonl.zst", "rdb"):
         path = files.fresh_path(tmp_path, moment, kind)
-        path.touch()
+        backup_file(tmp_path, path.name)
         names.append(path.name)
     stem = "email-ingestion-20260131T120000Z"
     assert names == [f"{stem}.rdb", f"{stem}-2.jsonl.zst", f"{stem}-3.rdb"]
-    assert [path.name for path in files.prune(tmp_path, 1)] == names[:2]
+    assert [path.name for path in files.prune(path, "s", 1)[0]] == names[:2]
 
 
 def test_a_second_backup_into_the_same_folder_waits_for_nobody(tmp_path: Path) -> None:
