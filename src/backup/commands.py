@@ -38,10 +38,11 @@ def ours(redis: RedisClient, keys: Keys) -> list[str]:
     return sorted({key for pattern in keys.patterns() for key in scan(redis, pattern) if keys.is_data(key)})
 
 
-def scan(redis: RedisClient, pattern: str) -> Iterator[str]:
+def scan(redis: RedisClient, pattern: str, *kind: str) -> Iterator[str]:
+    """`kind`: nothing, or `TYPE` and one."""
     cursor = "0"
     while True:
-        cursor, page = redis.call("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
+        cursor, page = redis.call("SCAN", cursor, "MATCH", pattern, "COUNT", 1000, *kind)
         yield from page
         if str(cursor) == "0":
             return

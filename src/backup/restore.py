@@ -1,6 +1,6 @@
 """Into a running server, all or nothing: the keys of a backup are laid aside under other names, counted, and take their places in one
 script (`lua/restore.lua`). Until then the server holds what it held; killed before, only what was laid aside is left, which the next
-restore removes. Keys that are not ours are never touched.
+restore removes. Keys that are not ours are never touched; but `producer_state:*` are every stream's in that database.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from src.backup.commands import PAGE, Command, Size, Tally, key_of, measured, ours, renamed, scan
 from src.common.exceptions import BackupError, IngestionError, RedisFull, RedisUnavailable
-from src.common.keys import Keys
+from src.common.keys import ALL_DAEMONS, Keys
 from src.common.redis_client import RedisClient
 from src.common.registry import SILENT_SECONDS, Seen, registered
 
@@ -23,25 +23,39 @@ MOST_KEYS = 300_000  # a script takes about a million words, and each key is up 
 
 @dataclass(frozen=True)
 class Target:
-    """What stands in the server before a restore. `names`: keys that the backup would replace. `left`: what a killed restore laid aside."""
+    """What stands in the server before a restore. `others`: streams of the same database that have daemons alive. `names`: keys that the
+    backup would replace. `left`: what a killed restore laid aside."""
 
     alive: list[Seen]
+    others: list[str]
     names: list[str]
     left: list[str]
 
     @classmethod
     def look(cls, redis: RedisClient, keys: Keys) -> Target:
-        alive = [seen for seen in registered(redis, keys) if seen.alive]
-        return cls(alive, ours(redis, keys), list(scan(redis, keys.restoring_pattern())))
+        streams = sorted({Keys.of_daemons(key).stream for key in scan(redis, ALL_DAEMONS, "TYPE", "hash")} - {keys.stream})
+        others = [stream for stream in streams if _alive(redis, Keys(stream))]
+        return cls(_alive(redis, keys), others, ours(redis, keys), list(scan(redis, keys.restoring_pattern())))
 
-    def refusal(self) -> str:
-        """Why nothing may be restored without --force; "" if it may."""
+    def refusal(self, *, force: bool) -> str:
+        """Why nothing may be restored; "" if it may."""
+        if self.others:
+            return (
+                f"daemons of another stream are at work in this database: {', '.join(self.others)}. Their producer_state:* would be "
+                "replaced too, also with --force: restore into a database of its own (the number at the end of REDIS_URL)"
+            )
+        if force:
+            return ""
         if self.alive:
             names = ", ".join(f"{seen.daemon.role} {seen.daemon.name}" for seen in self.alive)
             return f"daemons are at work: {names}. Stop them first (one that was killed counts for {SILENT_SECONDS:g} s), or use --force"
         if self.names:
             return f"this Redis is not empty: {len(self.names)} keys of ours stand there. --force replaces them by the backup"
         return ""
+
+
+def _alive(redis: RedisClient, keys: Keys) -> list[Seen]:
+    return [seen for seen in registered(redis, keys) if seen.alive]
 
 
 class Restore:

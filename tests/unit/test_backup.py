@@ -7,6 +7,7 @@ import importlib
 import json
 import socket
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config.settings import load_settings
 from src.backup import files
 from src.backup.commands import KEY_AT, Command, Size, Tally, counts, key_of, renamed
 from src.backup.files import Manifest, Portable
@@ -26,10 +28,13 @@ from src.backup.take import Taken
 from src.common.exceptions import BackupError, ConfigurationError, RedisUnavailable, ScriptRefused
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
+from src.common.registry import Registration, register
+from src.common.shutdown import Shutdown
 from tests.support.servers import RedisServer
 
 for name in ("_path", "_bulk", "_command", "_steps"):
     sys.modules[name] = importlib.import_module(f"scripts.{name}")  # its own folder is not on our path
+script = importlib.import_module("scripts.restore")
 say_taken = importlib.import_module("scripts.backup").say_taken
 
 KEYS = Keys("s")
@@ -151,6 +156,29 @@ def test_sizes_are_told_from_the_commands() -> None:
 def test_which_keys_belong_into_a_backup(key: str, ours: bool) -> None:
     """All of the stream's and the producer's, but who is at work now and what a restore has laid aside."""
     assert KEYS.is_data(key) is ours
+
+
+# beside another stream
+
+
+def test_nothing_is_restored_beside_daemons_of_another_stream(valkey: RedisServer, tmp_path: Path) -> None:
+    """Their producer_state keys name no stream and would go: refused, with --force too, and they stand; a silent daemon is none."""
+    file = portable(tmp_path / "b.jsonl.zst")
+    given = Namespace(file=file, force=True, dry_run=False)
+    settings = load_settings({"STREAM_NAME": "s"}, env_file=None)
+    theirs, place = Keys("t"), Keys("t").mailbox("b", "INBOX").last_uid
+    producer = Registration("producer", "p1", "", "0.1.0", "vm", 1, "2026-01-31T00:00:00Z")
+    with RedisClient.connect(valkey.url, max_connections=4, socket_timeout=10, not_utf8="surrogateescape") as redis:
+        redis.call("SET", place, "77")
+        redis.call("SADD", "s:run:daemons", "m1")  # a name alone makes no registry
+        register(redis, theirs, producer)
+        desk = script.Desk(settings, redis, Shutdown(), given, lambda *_: None)
+        with pytest.raises(BackupError, match=r"another stream are at work in this database: t\. .* database of its own"):
+            desk.run()
+        assert redis.call("GET", place) == "77"
+        entry = redis.hash(theirs.daemons)["p1"].partition("|")[2]
+        redis.call("HSET", theirs.daemons, "p1", f"1|{entry}")  # its last heartbeat is long ago
+        assert desk.run()[1]["restored"] is True
 
 
 # bytes, and many commands at once
