@@ -18,7 +18,7 @@ from src.common.registry import SILENT_SECONDS, Seen, registered
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 1 << 20
-MOST_KEYS = 300_000  # a script takes about a million words, and each key is up to three of them
+MOST_KEYS = 300_000  # a script takes about a million words, and each key is up to three of them; those that go count too
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,15 @@ class Restore:
             self._forget(target.left)
             sizes = self._lay_aside(commands)
             self._count(sizes)
+            gone = [name for name in target.names if name not in self._aside]
+            if len(self._aside) + len(gone) > MOST_KEYS:
+                raise BackupError(
+                    f"{len(self._aside)} keys of the backup and {len(gone)} that would go are more than {MOST_KEYS}: one step cannot do "
+                    "that; restore into an empty database"
+                )
         except IngestionError as error:
             raise self._given_up(error) from error
-        self._switch(sizes, target, force=force)
+        self._switch(sizes, gone, force=force)
         return sizes
 
     def _lay_aside(self, commands: Iterable[Command]) -> dict[str, Size]:
@@ -117,9 +123,8 @@ class Restore:
                     f"{key} did not arrive whole: {there.length} of {wanted.length}, in flight {there.pending} of {wanted.pending}"
                 )
 
-    def _switch(self, sizes: dict[str, Size], target: Target, *, force: bool) -> None:
+    def _switch(self, sizes: dict[str, Size], gone: list[str], *, force: bool) -> None:
         silence = "" if force else str(round(SILENT_SECONDS * 1000))
-        gone = [name for name in target.names if name not in self._aside]
         names = [name for key, aside in self._aside.items() for name in (aside, key)]
         try:
             verdict, *what = self._redis.run(

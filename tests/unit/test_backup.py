@@ -23,6 +23,7 @@ from config.settings import load_settings
 from src.backup import files
 from src.backup.commands import KEY_AT, Command, Size, Tally, counts, key_of, renamed
 from src.backup.files import Manifest, Portable
+from src.backup.restore import Restore, Target
 from src.backup.snapshot import Wire, announced
 from src.backup.take import Taken
 from src.common.exceptions import BackupError, ConfigurationError, RedisUnavailable, ScriptRefused
@@ -136,6 +137,26 @@ def test_sizes_are_told_from_the_commands() -> None:
         tally.add(["PEXPIREAT", "s:none", "1"])
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["XCLAIM", "s", "nobody", "w1", "0", "1-0"],
+        ["XCLAIM", "s"],
+        ["XGROUP", "CREATE", "s"],
+        ["PEXPIREAT", "s:due"],
+        ["PEXPIREAT", "s:due", "soon"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_was_put_together_wrongly_is_told(command: Command) -> None:
+    """By hand: a word too few, a group that was not made, a time that is none."""
+    tally = Tally()
+    for before in COMMANDS:
+        tally.add(before)
+    with pytest.raises(BackupError, match="no command of a backup"):
+        tally.add(command)
+
+
 # which keys
 
 
@@ -179,6 +200,18 @@ def test_nothing_is_restored_beside_daemons_of_another_stream(valkey: RedisServe
         entry = redis.hash(theirs.daemons)["p1"].partition("|")[2]
         redis.call("HSET", theirs.daemons, "p1", f"1|{entry}")  # its last heartbeat is long ago
         assert desk.run()[1]["restored"] is True
+
+
+def test_the_keys_that_would_go_count_among_those_of_one_step(valkey: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One to restore and two that stand, where two are the most: it is given up before the step, and what stood there stands alone."""
+    monkeypatch.setattr("src.backup.restore.MOST_KEYS", 2)
+    with RedisClient.connect(valkey.url, max_connections=4, socket_timeout=10) as redis:
+        redis.call("MSET", "s:a", "1", "s:b", "2")
+        target = Target.look(redis, KEYS)
+        with pytest.raises(BackupError, match=r"1 keys of the backup and 2 that would go .* Nothing was restored"):
+            Restore(redis, KEYS, "n", lambda: False, lambda _: None).run([["SET", "s:c", "3"]], target, force=True)
+        assert redis.call("MGET", "s:a", "s:b", "s:c") == ["1", "2", None]
+        assert redis.call("DBSIZE") == 2
 
 
 # bytes, and many commands at once
