@@ -91,7 +91,7 @@ class StreamSettings(Section):
         "email_ingestion_stream",
         alias="STREAM_NAME",
         min_length=1,
-        description="Key of the stream; all other keys follow from it.",
+        description="Key of the stream; all other keys follow from it but `producer_state:*`: one stream to a Redis database.",
     )
     group: str = Field("email_workers", alias="CONSUMER_GROUP", min_length=1, description="The one consumer group of the stream.")
     maxlen: int = Field(

@@ -26,7 +26,8 @@ def arguments() -> argparse.ArgumentParser:
         "server's file system is not needed. It is loaded into a server of our own before it gets its name, which takes as much "
         "memory as Redis holds.",
         epilog="A user of an ACL needs +psync +replconf, which let it read all keys. Neither tokens nor settings nor the archive of raw "
-        "mail are in a backup. Exit code: 0 written, 1 not, and no half file is left, 2 a wrong argument or setting. "
+        "mail are in a backup. Exit code: 0 written, 1 not, and no half file is left (or it is, and --keep could not remove an older one), "
+        "2 a wrong argument or setting. "
         "docs/runbooks/backup-and-recovery.md tells more.",
     )
     parser.add_argument(
@@ -37,7 +38,7 @@ def arguments() -> argparse.ArgumentParser:
         type=positive,
         default=0,
         metavar="N",
-        help="afterwards remove all backups in DIR but the newest N (default: none)",
+        help="afterwards remove all backups of this stream in DIR but this one and the newest N - 1 others (default: none)",
     )
     parser.add_argument(
         "--format",
@@ -62,6 +63,7 @@ def say_taken(taken: Taken) -> int:
             "server": manifest.server,
             "counts": held,
             "removed": [str(path) for path in taken.removed],
+            "left": taken.left,
             "restore": command,
         },
         f"{taken.path}  {manifest.size / 1e6:,.1f} MB, {manifest.server} as of {manifest.taken_at}",
@@ -71,7 +73,9 @@ def say_taken(taken: Taken) -> int:
     )
     if held and not held["keys"]:
         say(f"nothing of the stream {manifest.stream} stands in this Redis: the backup is empty, and --keep removes none for it")
-    return 0
+    if taken.left:
+        say(f"the backup is written, but {taken.left}: older ones than --keep says are left")
+    return int(bool(taken.left))
 
 
 def main() -> int:

@@ -33,7 +33,7 @@ from src.imap.imap_client import ImapMailbox
 from src.mail.record import member_of
 from src.producer import reprocess
 from src.producer.daemon import Access, NoUsableToken, accesses, imap_endpoint
-from src.producer.reader import PUBLISH_BYTES
+from src.producer.reader import FETCH_BYTES, PUBLISH_BYTES
 from src.producer.reprocess import Finished, Located, Wanted
 from src.worker import processed
 
@@ -152,14 +152,23 @@ class Run:
 
     def _from_archive(self) -> None:
         rest = iter(self.plan.archived)
-        while not self.shutdown.requested and (page := list(islice(rest, self.pace.page))):
-            found = [(mail, raw) for mail in page if (raw := self._raw(mail)) is not None]
+        while not self.shutdown.requested and (group := list(self._group(rest))):
+            found = [(mail, raw) for mail, raw in group if raw is not None]
             self._keep([raw for _, raw in found])  # anew, so that no sweep takes it before the stream refers to it again
-            kept = {mail.email_id for mail, _ in found}
-            self.plan.lacking |= {member(mail) for mail in page if mail.email_id not in kept}
+            self.plan.lacking |= {member(mail) for mail, raw in group if raw is None}
             self._publish(
                 [reprocess.entry_from_archive(mail, raw, new_id=secrets.token_hex(8), now=SYSTEM.wall()) for mail, raw in found]
             )
+
+    def _group(self, rest: Iterator[Finished]) -> Iterator[tuple[Finished, bytes | None]]:
+        """The next of `rest`, each with what `_raw` has of it: a page, or fewer where they reach FETCH_BYTES."""
+        size = 0
+        for mail in islice(rest, self.pace.page):
+            raw = self._raw(mail)
+            yield mail, raw
+            size += len(raw or b"")
+            if size >= FETCH_BYTES:
+                return
 
     def _raw(self, mail: Finished) -> bytes | None:
         """None where the archive has it no more."""

@@ -26,7 +26,8 @@ from src.common.shutdown import Shutdown
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Put a backup of scripts/backup.py (or an RDB file of a server) into Redis, all of it or nothing, whatever the "
-        "version of the server. Only our keys are touched. Stop the daemons first.",
+        "version of the server. Touched are the keys of STREAM_NAME and all of producer_state:*, which name no stream: a database is for "
+        "one stream. Stop the daemons first.",
         epilog="The backup is proved whole before anything is written, laid aside in Redis, counted, and put in place in one step; "
         "until then Redis holds what it held, also if this is killed. Mail since the backup is read again from the mailboxes: what a "
         "handler did for it may be done twice. Exit code: 0 restored (--dry-run: it could be), 1 not, 2 a wrong argument or setting. "
@@ -34,7 +35,9 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--file", type=Path, required=True, metavar="F", help="the backup; its manifest is looked for beside it")
     parser.add_argument("--dry-run", action="store_true", help="prove the file, say what would be done, change nothing")
-    parser.add_argument("--force", action="store_true", help="also while daemons are at work, and over what stands in Redis")
+    parser.add_argument(
+        "--force", action="store_true", help="also while daemons of this stream are at work, and over what stands in Redis"
+    )
     return parser
 
 
@@ -52,7 +55,7 @@ class Desk:
             held = counts(source.sizes, self.keys)
             if not held["keys"]:
                 raise BackupError(f"{self.given.file.name} is empty: nothing was changed")
-            refusal = "" if self.given.force else target.refusal()
+            refusal = target.refusal(force=self.given.force)
             if self.given.dry_run:
                 return self._dry_run(source, held, target, refusal)
             if refusal:

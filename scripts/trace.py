@@ -80,7 +80,8 @@ def _intake(found: Trace, fields: Fields) -> None:
     try:
         record = json.loads(fields.get("record", "{}"))
     except ValueError:
-        record = {}
+        record = None
+    record = record if isinstance(record, dict) else {}  # what somebody else wrote is traced too
     found.correlation_id, found.subject = fields.get("correlation_id", ""), fields.get("subject", "")
     found.traceparent = record.get("traceparent", "")
     where = f"{fields.get('account')}/{fields.get('mailbox')}, UID {fields.get('uid')}, {record.get('size')} bytes"

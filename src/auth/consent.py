@@ -194,9 +194,11 @@ def ask(
         flow = _flow(client, way_back.redirect_uri)
         hint = {"login_hint": account} if account else {}
         address, _ = flow.authorization_url(state=state, access_type="offline", prompt="consent", **hint)
-        opened = browse is not None and browse(address)
-        out.write(_invitation(address, way_back.port, account, opened=bool(opened), minutes=patience / 60))
+        out.write(_invitation(address, way_back.port, account, minutes=patience / 60))
         out.flush()
+        if browse and browse(address):  # a text browser returns only when it is left
+            out.write("A browser was opened with it.\n")
+            out.flush()
         answer = way_back.wait(typed, out, patience, clock)
     if answer is None:
         raise ConsentFailed(
@@ -255,11 +257,10 @@ def _way_back(port: int, state: str) -> WayBack:
         ) from None
 
 
-def _invitation(address: str, port: int, account: str, *, opened: bool, minutes: float) -> str:
+def _invitation(address: str, port: int, account: str, *, minutes: float) -> str:
     who = f" as {account}" if account else ""
-    first = "The browser shows Google's consent page; should it not, open" if opened else "Open in a browser"
     return f"""\
-{first}, sign in{who}, allow every access:
+Open in a browser, sign in{who}, allow every access:
 
 {address}
 

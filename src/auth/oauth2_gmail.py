@@ -180,11 +180,12 @@ class TokenSource:
         `refuse`: a token some server just refused; it is not handed out again. Raises ReauthRequired (the text holds the
         cause and the command) and TokenEndpointUnavailable; the latter only once the stored token is over or refused.
         """
-        token = self._read()
+        path = self._path
+        token = self._read(path)
         if self._fresh(token, refuse):
             return token.access_token
-        with locked(self._path) if self._keep else nullcontext():
-            token = self._read()
+        with locked(path) if self._keep else nullcontext():
+            token = self._read(path)
             if self._fresh(token, refuse):
                 return token.access_token
             try:
@@ -194,13 +195,15 @@ class TokenSource:
                     raise
                 _log.warning("%s: the token is not refreshed yet: %s", self._account, error)
                 return token.access_token
-            self._save(refreshed)
-            return refreshed.access_token
+            if self._path == path and self._read(path).refresh_token == token.refresh_token:
+                self._save(path, refreshed)
+                return refreshed.access_token
+        return self.access_token(refuse=refuse)  # a person consented meanwhile: that counts, and is not written over
 
     def stamp(self) -> object:
         """Changes when a person has consented anew or mended the file; not when a token is refreshed, which others do too."""
         try:
-            token = self._read()
+            token = self._read(self._path)
         except ConfigurationError as error:
             return str(error)
         return token.client_id, token.client_secret, token.refresh_token, token.obtained_at
@@ -208,7 +211,7 @@ class TokenSource:
     def facts(self) -> dict[str, object]:
         """What /status shows of the token: how old the consent is, when the access token ends."""
         try:
-            token = self._read()
+            token = self._read(self._path)
         except ConfigurationError as error:
             return {"method": "oauth2", "error": str(error)}
         now = self._clock.wall()
@@ -226,11 +229,10 @@ class TokenSource:
 
     def info(self) -> TokenInfo:
         """What may be shown of the token, without asking anybody."""
-        token = self._read()
+        path = self._path
+        token = self._read(path)
         left = (token.expiry - self._clock.wall()).total_seconds() if token.expiry and token.access_token else 0.0
-        return TokenInfo(
-            self._path, token.account, token.scopes, token.token_uri, token.obtained_at, token.expiry, max(0.0, left)
-        )
+        return TokenInfo(path, token.account, token.scopes, token.token_uri, token.obtained_at, token.expiry, max(0.0, left))
 
     def _fresh(self, token: StoredToken, refuse: str | None) -> bool:
         return self._valid(token, refuse, self._refresh_ahead)
@@ -239,24 +241,24 @@ class TokenSource:
         usable = token.access_token not in ("", refuse)
         return usable and token.expiry is not None and self._clock.wall() + ahead < token.expiry
 
-    def _read(self) -> StoredToken:
-        stored = read_token(self._path, self._account)
+    def _read(self, path: Path) -> StoredToken:
+        stored = read_token(path, self._account)
         if stored.account and self._account and stored.account.casefold() != self._account.casefold():
-            raise ConfigurationError(f"the token file {self._path} belongs to {stored.account}, not to {self._account}")
+            raise ConfigurationError(f"the token file {path} belongs to {stored.account}, not to {self._account}")
         unsaved = self._unsaved
         if unsaved is not None and unsaved.obtained_at == stored.obtained_at and _expiry(unsaved) > _expiry(stored):
             return unsaved
         return stored
 
-    def _save(self, token: StoredToken) -> None:
+    def _save(self, path: Path, token: StoredToken) -> None:
         """Store it for everybody; where the disk refuses, this process goes on with it alone."""
         if not self._keep:
             self._unsaved = token
             return
         try:
-            write_token(self._path, token)
+            write_token(path, token)
         except OSError as error:
-            _log.warning("the token file %s cannot be written: %s", self._path, error.strerror)
+            _log.warning("the token file %s cannot be written: %s", path, error.strerror)
             self._unsaved = token
         else:
             self._unsaved = None

@@ -38,10 +38,11 @@ def ours(redis: RedisClient, keys: Keys) -> list[str]:
     return sorted({key for pattern in keys.patterns() for key in scan(redis, pattern) if keys.is_data(key)})
 
 
-def scan(redis: RedisClient, pattern: str) -> Iterator[str]:
+def scan(redis: RedisClient, pattern: str, *kind: str) -> Iterator[str]:
+    """`kind`: nothing, or `TYPE` and one."""
     cursor = "0"
     while True:
-        cursor, page = redis.call("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
+        cursor, page = redis.call("SCAN", cursor, "MATCH", pattern, "COUNT", 1000, *kind)
         yield from page
         if str(cursor) == "0":
             return
@@ -168,15 +169,21 @@ class Tally:
     commands: int = 0
 
     def add(self, command: Command) -> None:
-        """Raises BackupError as `key_of` does."""
-        key, verb = key_of(command), command[0]
+        """Raises BackupError as `key_of` does, and for what no backup of ours holds."""
+        try:
+            self._add(key_of(command), command)
+        except (LookupError, ValueError):
+            raise BackupError(f"no command of a backup, or not in its place: {command!r:.80}") from None
+
+    def _add(self, key: str, command: Command) -> None:
+        verb = command[0]
         kind = {"SET": "string", "HSET": "hash", "SADD": "set", "ZADD": "zset"}.get(verb, "stream")
         size = self.sizes.get(key)
         self.commands += 1
         if verb == "PEXPIREAT":
             if size is None:
                 raise BackupError(f"{key} expires before it is there: the file was put together wrongly")
-            size.expires = command[2]
+            size.expires = str(int(command[2]))
             return
         if size is None:
             size = self.sizes[key] = Size(kind)

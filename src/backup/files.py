@@ -165,14 +165,29 @@ def _line(content: object) -> bytes:
     return (json.dumps(content, separators=(",", ":")) + "\n").encode("ascii")
 
 
-def prune(out: Path, keep: int) -> list[Path]:
-    """Remove all backups of ours in `out` but the newest `keep`; what was removed. Other files are left alone."""
-    mine = sorted((path for path in out.iterdir() if NAME.fullmatch(path.name) and path.is_file()), key=_age)
-    old = mine[:-keep]
-    for path in old:
-        path.unlink()
-        manifest_path(path).unlink(missing_ok=True)
-    return old
+def prune(written: Path, stream: str, keep: int) -> tuple[list[Path], str]:
+    """Remove the backups of `stream` beside `written`, but that one and the newest `keep` - 1 others: what was removed, and why not all
+    ("": all). Whatever the clock said when they were named, `written` stays; so does what no manifest says to be of this stream.
+    """
+    removed: list[Path] = []
+    try:
+        others = [path for path in written.parent.iterdir() if path != written and _is_of(path, stream)]
+        newest_first = sorted(others, key=_age, reverse=True)
+        for path in reversed(newest_first[keep - 1 :]):
+            path.unlink()
+            removed.append(path)
+            manifest_path(path).unlink(missing_ok=True)
+    except OSError as error:
+        return removed, f"{error.filename} cannot be removed ({error.strerror})"
+    return removed, ""
+
+
+def _is_of(path: Path, stream: str) -> bool:
+    try:
+        manifest = read_manifest(path) if NAME.fullmatch(path.name) and path.is_file() else None
+    except (BackupError, OSError):  # damaged, or not ours to read: nobody knows whose it is
+        return False
+    return manifest is not None and manifest.stream == stream
 
 
 def _age(path: Path) -> tuple[str, int]:

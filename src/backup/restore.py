@@ -1,6 +1,6 @@
 """Into a running server, all or nothing: the keys of a backup are laid aside under other names, counted, and take their places in one
 script (`lua/restore.lua`). Until then the server holds what it held; killed before, only what was laid aside is left, which the next
-restore removes. Keys that are not ours are never touched.
+restore removes. Keys that are not ours are never touched; but `producer_state:*` are every stream's in that database.
 """
 
 from __future__ import annotations
@@ -11,37 +11,51 @@ from dataclasses import dataclass
 
 from src.backup.commands import PAGE, Command, Size, Tally, key_of, measured, ours, renamed, scan
 from src.common.exceptions import BackupError, IngestionError, RedisFull, RedisUnavailable
-from src.common.keys import Keys
+from src.common.keys import ALL_DAEMONS, Keys
 from src.common.redis_client import RedisClient
 from src.common.registry import SILENT_SECONDS, Seen, registered
 
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 1 << 20
-MOST_KEYS = 300_000  # a script takes about a million words, and each key is up to three of them
+MOST_KEYS = 300_000  # a script takes about a million words, and each key is up to three of them; those that go count too
 
 
 @dataclass(frozen=True)
 class Target:
-    """What stands in the server before a restore. `names`: keys that the backup would replace. `left`: what a killed restore laid aside."""
+    """What stands in the server before a restore. `others`: streams of the same database that have daemons alive. `names`: keys that the
+    backup would replace. `left`: what a killed restore laid aside."""
 
     alive: list[Seen]
+    others: list[str]
     names: list[str]
     left: list[str]
 
     @classmethod
     def look(cls, redis: RedisClient, keys: Keys) -> Target:
-        alive = [seen for seen in registered(redis, keys) if seen.alive]
-        return cls(alive, ours(redis, keys), list(scan(redis, keys.restoring_pattern())))
+        streams = sorted({Keys.of_daemons(key).stream for key in scan(redis, ALL_DAEMONS, "TYPE", "hash")} - {keys.stream})
+        others = [stream for stream in streams if _alive(redis, Keys(stream))]
+        return cls(_alive(redis, keys), others, ours(redis, keys), list(scan(redis, keys.restoring_pattern())))
 
-    def refusal(self) -> str:
-        """Why nothing may be restored without --force; "" if it may."""
+    def refusal(self, *, force: bool) -> str:
+        """Why nothing may be restored; "" if it may."""
+        if self.others:
+            return (
+                f"daemons of another stream are at work in this database: {', '.join(self.others)}. Their producer_state:* would be "
+                "replaced too, also with --force: restore into a database of its own (the number at the end of REDIS_URL)"
+            )
+        if force:
+            return ""
         if self.alive:
             names = ", ".join(f"{seen.daemon.role} {seen.daemon.name}" for seen in self.alive)
             return f"daemons are at work: {names}. Stop them first (one that was killed counts for {SILENT_SECONDS:g} s), or use --force"
         if self.names:
             return f"this Redis is not empty: {len(self.names)} keys of ours stand there. --force replaces them by the backup"
         return ""
+
+
+def _alive(redis: RedisClient, keys: Keys) -> list[Seen]:
+    return [seen for seen in registered(redis, keys) if seen.alive]
 
 
 class Restore:
@@ -60,9 +74,15 @@ class Restore:
             self._forget(target.left)
             sizes = self._lay_aside(commands)
             self._count(sizes)
+            gone = [name for name in target.names if name not in self._aside]
+            if len(self._aside) + len(gone) > MOST_KEYS:
+                raise BackupError(
+                    f"{len(self._aside)} keys of the backup and {len(gone)} that would go are more than {MOST_KEYS}: one step cannot do "
+                    "that; restore into an empty database"
+                )
         except IngestionError as error:
             raise self._given_up(error) from error
-        self._switch(sizes, target, force=force)
+        self._switch(sizes, gone, force=force)
         return sizes
 
     def _lay_aside(self, commands: Iterable[Command]) -> dict[str, Size]:
@@ -103,9 +123,8 @@ class Restore:
                     f"{key} did not arrive whole: {there.length} of {wanted.length}, in flight {there.pending} of {wanted.pending}"
                 )
 
-    def _switch(self, sizes: dict[str, Size], target: Target, *, force: bool) -> None:
+    def _switch(self, sizes: dict[str, Size], gone: list[str], *, force: bool) -> None:
         silence = "" if force else str(round(SILENT_SECONDS * 1000))
-        gone = [name for name in target.names if name not in self._aside]
         names = [name for key, aside in self._aside.items() for name in (aside, key)]
         try:
             verdict, *what = self._redis.run(

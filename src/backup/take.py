@@ -30,14 +30,17 @@ Tell = Callable[[str, int, int], None]  # what is done, how much of it, of how m
 
 @dataclass(frozen=True)
 class Taken:
+    """`removed`: older backups. `left`: why not all that should be are; "" if they are."""
+
     path: Path
     manifest: Manifest
     removed: list[Path]
+    left: str
 
 
 @dataclass(frozen=True)
 class Backup:
-    """`keep`: how many backups stay in `out`, this one included; 0 for all."""
+    """`keep`: how many backups of the stream stay in `out`, this one included; 0 for all."""
 
     redis: RedisClient
     keys: Keys
@@ -72,7 +75,8 @@ class Backup:
 
             written = files.publish(path, manifest)
             something = bool(held and held["keys"])
-            return Taken(path, written, files.prune(self.out, self.keep) if self.keep and something else [])
+            removed, left = files.prune(path, self.keys.stream, self.keep) if self.keep and something else ([], "")
+            return Taken(path, written, removed, left)
 
     def _snapshot(self, path: Path) -> dict[str, int] | None:
         with files.part(path) as file:

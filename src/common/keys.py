@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+ALL_DAEMONS = "*:daemons"  # for SCAN: `Keys.daemons` of every stream in the database
+
 
 @dataclass(frozen=True)
 class MailboxKeys:
@@ -40,7 +42,7 @@ class MailboxKeys:
 
 @dataclass(frozen=True)
 class Keys:
-    """The stream and what stands beside it. One server: `<stream>:<suffix>`."""
+    """The stream and what stands beside it. One server: `<stream>:<suffix>`. One stream a database: `producer_state:*` names none."""
 
     stream: str
 
@@ -87,6 +89,11 @@ class Keys:
     def daemons(self) -> str:
         """Hash name → `<ms of the last heartbeat>|<JSON>`: the daemons at work (`src.common.registry`)."""
         return f"{self.stream}:daemons"
+
+    @classmethod
+    def of_daemons(cls, key: str) -> Keys:
+        """The keys of the stream whose `daemons` is `key`, one that `ALL_DAEMONS` finds."""
+        return cls(key.removesuffix(":daemons"))
 
     @cached_property
     def paused(self) -> str:

@@ -427,7 +427,7 @@ def restored_meanwhile(server: RedisServer, commands: list[list[str]], meanwhile
     """Why a restore of `commands` into a server that was found empty gave up; `meanwhile` happens before its last step."""
     with RedisClient.connect(server.url, max_connections=4, socket_timeout=10, not_utf8="surrogateescape") as redis:
         target = Target.look(redis, KEYS)
-        assert not target.refusal()
+        assert not target.refusal(force=False)
 
         def carried_out() -> Iterator[list[str]]:
             yield from commands

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import socket
+import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,14 +19,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config.settings import load_settings
 from src.backup import files
 from src.backup.commands import KEY_AT, Command, Size, Tally, counts, key_of, renamed
 from src.backup.files import Manifest, Portable
+from src.backup.restore import Restore, Target
 from src.backup.snapshot import Wire, announced
+from src.backup.take import Taken
 from src.common.exceptions import BackupError, ConfigurationError, RedisUnavailable, ScriptRefused
 from src.common.keys import Keys
 from src.common.redis_client import RedisClient
+from src.common.registry import Registration, register
+from src.common.shutdown import Shutdown
 from tests.support.servers import RedisServer
+
+for name in ("_path", "_bulk", "_command", "_steps"):
+    sys.modules[name] = importlib.import_module(f"scripts.{name}")  # its own folder is not on our path
+script = importlib.import_module("scripts.restore")
+say_taken = importlib.import_module("scripts.backup").say_taken
 
 KEYS = Keys("s")
 HEAD: dict[str, object] = {"stream": "s", "database": 0, "taken_at": "2026-01-31T00:00:00Z", "server": "Redis 7.0.15"}
@@ -123,6 +137,26 @@ def test_sizes_are_told_from_the_commands() -> None:
         tally.add(["PEXPIREAT", "s:none", "1"])
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["XCLAIM", "s", "nobody", "w1", "0", "1-0"],
+        ["XCLAIM", "s"],
+        ["XGROUP", "CREATE", "s"],
+        ["PEXPIREAT", "s:due"],
+        ["PEXPIREAT", "s:due", "soon"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_was_put_together_wrongly_is_told(command: Command) -> None:
+    """By hand: a word too few, a group that was not made, a time that is none."""
+    tally = Tally()
+    for before in COMMANDS:
+        tally.add(before)
+    with pytest.raises(BackupError, match="no command of a backup"):
+        tally.add(command)
+
+
 # which keys
 
 
@@ -145,6 +179,41 @@ def test_which_keys_belong_into_a_backup(key: str, ours: bool) -> None:
     assert KEYS.is_data(key) is ours
 
 
+# beside another stream
+
+
+def test_nothing_is_restored_beside_daemons_of_another_stream(valkey: RedisServer, tmp_path: Path) -> None:
+    """Their producer_state keys name no stream and would go: refused, with --force too, and they stand; a silent daemon is none."""
+    file = portable(tmp_path / "b.jsonl.zst")
+    given = Namespace(file=file, force=True, dry_run=False)
+    settings = load_settings({"STREAM_NAME": "s"}, env_file=None)
+    theirs, place = Keys("t"), Keys("t").mailbox("b", "INBOX").last_uid
+    producer = Registration("producer", "p1", "", "0.1.0", "vm", 1, "2026-01-31T00:00:00Z")
+    with RedisClient.connect(valkey.url, max_connections=4, socket_timeout=10, not_utf8="surrogateescape") as redis:
+        redis.call("SET", place, "77")
+        redis.call("SADD", "s:run:daemons", "m1")  # a name alone makes no registry
+        register(redis, theirs, producer)
+        desk = script.Desk(settings, redis, Shutdown(), given, lambda *_: None)
+        with pytest.raises(BackupError, match=r"another stream are at work in this database: t\. .* database of its own"):
+            desk.run()
+        assert redis.call("GET", place) == "77"
+        entry = redis.hash(theirs.daemons)["p1"].partition("|")[2]
+        redis.call("HSET", theirs.daemons, "p1", f"1|{entry}")  # its last heartbeat is long ago
+        assert desk.run()[1]["restored"] is True
+
+
+def test_the_keys_that_would_go_count_among_those_of_one_step(valkey: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One to restore and two that stand, where two are the most: it is given up before the step, and what stood there stands alone."""
+    monkeypatch.setattr("src.backup.restore.MOST_KEYS", 2)
+    with RedisClient.connect(valkey.url, max_connections=4, socket_timeout=10) as redis:
+        redis.call("MSET", "s:a", "1", "s:b", "2")
+        target = Target.look(redis, KEYS)
+        with pytest.raises(BackupError, match=r"1 keys of the backup and 2 that would go .* Nothing was restored"):
+            Restore(redis, KEYS, "n", lambda: False, lambda _: None).run([["SET", "s:c", "3"]], target, force=True)
+        assert redis.call("MGET", "s:a", "s:b", "s:c") == ["1", "2", None]
+        assert redis.call("DBSIZE") == 2
+
+
 # bytes, and many commands at once
 
 
@@ -164,10 +233,11 @@ def test_bytes_that_are_no_utf8_go_there_and_back(valkey: RedisServer) -> None:
 # files
 
 
-def backup_file(folder: Path, name: str) -> Path:
+def backup_file(folder: Path, name: str, stream: str = "s") -> Path:
     path = folder / name
     path.touch()
-    files.manifest_path(path).touch()
+    manifest = Manifest(1, name, "0" * 64, 0, stream, 0, "2026-01-31T00:00:00Z", "Redis 7.0.15", None)
+    files.manifest_path(path).write_text(json.dumps(asdict(manifest)))
     return path
 
 
@@ -183,8 +253,50 @@ def test_prune_keeps_the_newest_of_ours(tmp_path: Path) -> None:
     others = {tmp_path / name for name in ("dump.rdb", "email-ingestion-20260101T000000Z.rdb.bak", "email-ingestion-old.rdb")}
     for path in others:
         path.touch()
-    assert files.prune(tmp_path, 2) == mine[:2]
+    assert files.prune(mine[-1], "s", 2) == (mine[:2], "")
     assert set(tmp_path.iterdir()) == {*others, *mine[2:], *(files.manifest_path(path) for path in mine[2:])}
+
+
+def test_prune_never_removes_what_was_just_written(tmp_path: Path) -> None:
+    """Another was named by a clock that ran ahead: the one just written stays all the same, and is one of those that are kept."""
+    ahead = backup_file(tmp_path, "email-ingestion-20360101T000000Z.rdb")
+    older = backup_file(tmp_path, "email-ingestion-20260101T000000Z.rdb")
+    written = backup_file(tmp_path, "email-ingestion-20260102T000000Z.rdb")
+    assert files.prune(written, "s", 2) == ([older], "")
+    assert files.prune(written, "s", 1) == ([ahead], "")
+    assert set(tmp_path.iterdir()) == {written, files.manifest_path(written)}
+
+
+def test_prune_removes_only_what_a_manifest_says_to_be_of_the_stream(tmp_path: Path) -> None:
+    """Of two installations with one folder neither removes the other's; without a manifest, or with a damaged one, a backup stays."""
+    other = backup_file(tmp_path, "email-ingestion-20260101T000000Z.rdb", "t")
+    alone = backup_file(tmp_path, "email-ingestion-20260102T000000Z.rdb")
+    files.manifest_path(alone).unlink()
+    damaged = backup_file(tmp_path, "email-ingestion-20260103T000000Z.rdb")
+    files.manifest_path(damaged).write_bytes(b"{")
+    written = backup_file(tmp_path, "email-ingestion-20260104T000000Z.rdb")
+    assert files.prune(written, "s", 1) == ([], "")
+    assert {other, alone, damaged, written} < set(tmp_path.iterdir())
+
+
+def test_a_backup_stands_though_an_older_one_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was in the way is said, and the exit code is 1; the one just written is there, and how to restore it is said."""
+    older = backup_file(tmp_path, "email-ingestion-20260101T000000Z.rdb")
+    written = backup_file(tmp_path, "email-ingestion-20260102T000000Z.rdb")
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    removed, left = files.prune(written, "s", 1)
+    assert (removed, left) == ([], f"{older} cannot be removed (Permission denied)")
+    manifest = files.read_manifest(written)
+    assert manifest and say_taken(Taken(written, manifest, removed, left)) == 1
+    said = capsys.readouterr()
+    assert f"the backup is written, but {left}" in said.err
+    assert str(written) in json.loads(said.out)["restore"]
 
 
 def test_backups_of_one_second_are_told_apart(tmp_path: Path) -> None:
@@ -193,11 +305,11 @@ def test_backups_of_one_second_are_told_apart(tmp_path: Path) -> None:
     names = []
     for kind in ("rdb", "jsonl.zst", "rdb"):
         path = files.fresh_path(tmp_path, moment, kind)
-        path.touch()
+        backup_file(tmp_path, path.name)
         names.append(path.name)
     stem = "email-ingestion-20260131T120000Z"
     assert names == [f"{stem}.rdb", f"{stem}-2.jsonl.zst", f"{stem}-3.rdb"]
-    assert [path.name for path in files.prune(tmp_path, 1)] == names[:2]
+    assert [path.name for path in files.prune(path, "s", 1)[0]] == names[:2]
 
 
 def test_a_second_backup_into_the_same_folder_waits_for_nobody(tmp_path: Path) -> None:

@@ -421,18 +421,29 @@ def test_a_taken_port_is_said(client: Client) -> None:
 
 
 def test_a_browser_that_cannot_be_opened_is_told_apart(client: Client) -> None:
-    """The address is shown as the thing to open; the answer may come later, from elsewhere."""
+    """Nothing says that one was; the answer may come later, from elsewhere."""
+    for opens in (True, False):
+        out = io.StringIO()
+
+        def browse(address: str, opens: bool = opens) -> bool:
+            threading.Thread(target=person(), args=(address,)).start()
+            return opens
+
+        assert ask(client, "", 0, out, browse=browse, typed=None, patience=20).account == ANN
+        assert ("A browser was opened with it" in out.getvalue()) is opens
+
+
+def test_the_address_is_shown_before_a_browser_is_opened(client: Client) -> None:
+    """A text browser does not return while it is open: who cannot use it reads the address above it."""
     out = io.StringIO()
-    seen: list[str] = []
+    shown_before: list[bool] = []
 
     def browse(address: str) -> bool:
-        seen.append(address)
-        threading.Thread(target=person(), args=(address,)).start()
-        return False
+        shown_before.append(out.getvalue().startswith("Open in a browser") and f"\n{address}\n" in out.getvalue())
+        return person()(address)
 
     assert ask(client, "", 0, out, browse=browse, typed=None, patience=20).account == ANN
-    assert out.getvalue().startswith("Open in a browser")
-    assert f"\n{seen[0]}\n" in out.getvalue()
+    assert shown_before == [True]
 
 
 def test_what_is_asked_for(client: Client) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 
 from src.auth.oauth2_gmail import SCOPE, StoredToken, TokenSource, main, read_token, write_token
 from src.common.circuit_breaker import Breakers, Rules
-from src.common.clock import SYSTEM, Clock
+from src.common.clock import SYSTEM, Clock, iso
 from src.common.exceptions import ConfigurationError, ReauthRequired, TokenEndpointUnavailable
 
 ACCOUNT = "ann@gmail.example"
@@ -280,6 +281,27 @@ def test_a_new_refresh_token_in_the_answer_replaces_the_old_one(path: Path, endp
     endpoint.answers = [(200, GRANTED | {"refresh_token": "1//rotated"})]
     TokenSource(path, ACCOUNT).access_token()
     assert read_token(path).refresh_token == "1//rotated"
+
+
+@pytest.mark.parametrize("name", [f"{ACCOUNT}.json", "gmail_token.json"])
+def test_a_consent_that_is_given_during_a_refresh_counts(
+    path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In the account's own file, which came meanwhile, or put over the one that is refreshed: its token is used, its file left alone."""
+    own = path.with_name(f"{ACCOUNT}.json")
+    consent = replace(
+        stored(endpoint.uri, access_token="new", seconds=3000), refresh_token="1//new", obtained_at=iso(SYSTEM.wall())
+    )
+    answer = endpoint.answer
+
+    def meanwhile(body: bytes) -> tuple[int, bytes]:
+        write_token(path.with_name(name), consent)
+        return answer(body)
+
+    monkeypatch.setattr(endpoint, "answer", meanwhile)
+    assert TokenSource(own, ACCOUNT, instead=path).access_token() == "new"
+    assert read_token(path.with_name(name)).refresh_token == "1//new"
+    assert [asked["refresh_token"] for asked in endpoint.asked] == ["1//refresh"]
 
 
 def test_a_disk_that_refuses_costs_no_token_and_one_refresh(

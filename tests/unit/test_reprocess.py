@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import sys
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from config.settings import load_settings
+from src.common.archive import open_archive
 from src.common.exceptions import ScriptRefused
 from src.common.keys import Keys
+from src.common.shutdown import Shutdown
 from src.mail.record import Email
 from src.producer import reprocess
 from src.producer.reprocess import Finished, Wanted, bring_back, entry_from_archive, judge, results
@@ -17,6 +25,10 @@ from src.worker import recovery
 from src.worker.delivery import Delivery
 from src.worker.idempotency import Done, begin, complete
 from tests.support.fake import DAY, DONE, GROUP, Content, Store, fields_of, flat, present
+
+for name in ("_path", "_bulk", "_command"):
+    sys.modules[name] = importlib.import_module(f"scripts.{name}")  # its own folder is not on our path
+script = importlib.import_module("scripts.reprocess")
 
 M1, M2, M3 = "gm:a:1", "gm:a:2", "gm:a:3"
 NOW = datetime(2026, 2, 1, tzinfo=UTC)
@@ -214,3 +226,22 @@ def test_an_entry_from_the_archive_says_what_it_lacks() -> None:
     assert (email.subject, email.text, email.raw_ref, email.size) == ("again", "hello", "sha256:" + "0" * 64, len(raw))
     assert email.defects == (reprocess.WITHOUT_IMAP,)
     assert (fields["replays"], Delivery("1-0", 1, fields).foreign) == ("1", "")
+
+
+def test_large_mails_from_the_archive_are_not_held_all_at_once(store: Store, tmp_path: Path) -> None:
+    """Five of 3 MB in two groups, each closed at FETCH_BYTES; all are in the stream, and what the archive lacks is left for IMAP."""
+    settings = load_settings({"DATA_DIR": tmp_path, "STREAM_NAME": store.keys.stream}, env_file=None)
+    archive = open_archive(None, tmp_path)
+    assert archive
+    raws = [b"Subject: %d\r\nContent-Type: application/pdf\r\n\r\n" % number + bytes(3_000_000) for number in range(5)]
+    archived = [finished(f"gm:a:{number}", raw_ref=ref) for number, ref in enumerate(archive.put_all(raws), start=1)]
+    missing = finished("gm:a:6", raw_ref="sha256:" + "0" * 64)
+    store.put({"processed": {DONE: {str(number) for number in range(1, 7)}}})
+    plan = SimpleNamespace(archived=[*archived, missing], lacking=set())
+    run = script.Run(settings, store.redis, None, plan, argparse.Namespace(run="r", rate=None), Shutdown())
+    groups: list[int] = []
+    run._keep = lambda raws: groups.append(len(raws))
+    run._from_archive()
+    assert groups == [3, 2]
+    assert list(store.content()["index"]) == [mail.email_id for mail in archived]
+    assert plan.lacking == {("a", "6")}

@@ -28,7 +28,7 @@ RECORD = json.dumps(
 
 def put(store: Store, **more: str) -> str:
     """The mail stands in the stream; its stream id."""
-    fields = fields_of(ID, subject="Hello\x1b[2J", record=RECORD, **more)
+    fields = fields_of(ID, **{"subject": "Hello\x1b[2J", "record": RECORD, **more})
     stream_id: str = store.redis.call("XADD", store.keys.stream, "1769846402000-0", *flat(fields))
     store.redis.call("HSET", store.keys.index, ID, f"S:{stream_id}")
     return stream_id
@@ -113,6 +113,13 @@ def test_an_index_that_dangles_and_a_mail_nobody_knows(store: Store) -> None:
     assert whats(store) == ("unknown", [])
     store.redis.call("HSET", store.keys.index, ID, "S:7-0")
     assert whats(store) == ("unknown", ["dangling"])
+
+
+@pytest.mark.parametrize("record", ["[]", "null", '"x"'])
+def test_a_record_that_is_no_object(store: Store, record: str) -> None:
+    """Somebody else wrote it: what its fields say is shown all the same."""
+    put(store, record=record, account="a", mailbox="INBOX")
+    assert whats(store) == ("in the stream", ["received", "ingested", "published"])
 
 
 def test_what_is_no_email_id_is_refused(store: Store) -> None:
