@@ -107,8 +107,8 @@ class Eraser:
         self._remove_raw()
         for stream in erase.rewrite(self.redis, self.keys):
             self.troubles.append(
-                f"{stream} could not be written anew (it has consumer groups, or changes too fast): the server's memory and files hold the "
-                "bytes of what was deleted until the entries beside it are gone; run the same line again"
+                f"{stream} could not be written anew (it has consumer groups, changes too fast, or another erase.py is at work): the "
+                "server's memory and files hold the bytes of what was deleted until the entries beside it are gone; run the same line again"
             )
         if self.shutdown.requested:
             self.troubles.append("stopped as asked: run the same line again")

@@ -20,7 +20,7 @@ from src.worker.delivery import Delivery
 
 PAGE = 100
 HEAD_BYTES = 65_536
-TRIES = 5  # entries of a stream that is written anew may be deleted meanwhile
+TRIES = 5  # entries of a stream that is written anew may be deleted meanwhile, by another run too
 WENT = ("stream entries", "dead letters", "results", "stored steps", "mentions in reprocess runs")
 Takes = Callable[[Fields], bool]
 
@@ -124,7 +124,8 @@ def erase(
         args += [len(listed), *listed]
     own = [keys.stream, keys.index, keys.starts, keys.tries, keys.due, keys.dlq, keys.open, keys.results, keys.erasing]
     of_mail = [keys.steps(mail.email_id), keys.processed(account, date or "")]
-    verdict, *counts = redis.run("erase", [*own, *of_mail, *run_keys], args)
+    copies = [keys.copy(keys.dlq), keys.copy(keys.results)]
+    verdict, *counts = redis.run("erase", [*own, *of_mail, *copies, *run_keys], args)
     return verdict, Counter({name: int(count) for name, count in zip(WENT, counts, strict=False) if count})
 
 
@@ -160,18 +161,16 @@ def remove_raw(redis: RedisClient, keys: Keys, archive: Archive, began: datetime
 def rewrite(redis: RedisClient, keys: Keys) -> list[str]:
     """Write the streams anew that `erase` deleted from, so that the server keeps no byte of it; those it could not, stay listed.
 
-    Workers may run: each page is one script, the last one swaps. A stream with consumer groups of somebody's own is left as it is.
-    Raises what RedisClient raises (RedisFull: there is no room for two of it).
+    Workers and other runs may be at work: each page is one script, the last one swaps. A stream with consumer groups of somebody's own is
+    left as it is. Raises what RedisClient raises (RedisFull: there is no room for two of it).
     """
     left = []
     for stream in sorted({keys.dlq, keys.results} & set(redis.call("SMEMBERS", keys.erasing))):
-        tries, verdict, after = TRIES, "", "0-0"
-        while tries and verdict not in ("DONE", "GROUPS"):
-            verdict, *rest = redis.run("rewrite", [stream, keys.copy], [after, PAGE])
-            after = rest[0] if verdict == "NEXT" else "0-0"
-            tries -= verdict == "AGAIN"
-        if verdict == "DONE":
-            redis.call("SREM", keys.erasing, stream)
-        else:
+        tries, verdict = TRIES, "AGAIN"
+        while verdict == "NEXT" or (verdict == "AGAIN" and tries):
+            begins = verdict == "AGAIN"
+            tries -= begins
+            [verdict] = redis.run("rewrite", [stream, keys.copy(stream), keys.erasing], [int(begins), PAGE])
+        if verdict != "DONE":
             left.append(stream)
     return left
