@@ -1,7 +1,8 @@
 #!lua
 -- One page of writing a stream anew: XDEL only marks an entry, its bytes stay in memory and in every dump until its neighbours go too.
--- The last page puts the copy, with the same ids, in the stream's place. No allow-oom: it takes the stream's memory twice for a moment.
--- A page goes on where the copy ends: so runs at once write the same copy together, and it never lacks what stands before its end.
+-- The last page puts the copy, with the same ids and counters, in the stream's place. No allow-oom: for a moment it takes the stream's
+-- memory twice. A page goes on where the copy ends: so runs at once write the same copy together, and it never lacks what stands before
+-- its end.
 -- KEYS 1 stream 2 copy 3 what is left to erase   ARGV 1 begin anew: 1, else 0 2 how many entries at once
 -- -> {NEXT} | {DONE: it is listed no more} | {AGAIN: entries were deleted meanwhile; the copy is dropped}
 --    | {GROUPS: it has readers who would lose their place}
@@ -18,15 +19,18 @@ for _, entry in ipairs(page) do redis.call('XADD', KEYS[2], entry[1], unpack(ent
 if #page == tonumber(ARGV[2]) then return {'NEXT'} end
 
 local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
-if first then
+if first then                                                     -- a stream without entries holds nothing of what it held
   redis.call('XTRIM', KEYS[2], 'MINID', first[1])                 -- what was cut off the stream's old end meanwhile
   if redis.call('XLEN', KEYS[2]) ~= redis.call('XLEN', KEYS[1]) then
     redis.call('DEL', KEYS[2])
     return {'AGAIN'}
   end
+  local about, its = redis.call('XINFO', 'STREAM', KEYS[1]), {}
+  for i = 1, #about, 2 do its[about[i]] = about[i + 1] end
+  local ever, deleted = its['entries-added'], its['max-deleted-entry-id']
+  redis.call('XSETID', KEYS[2], its['last-generated-id'], 'ENTRIESADDED', ever, 'MAXDELETEDID', deleted)
   redis.call('RENAME', KEYS[2], KEYS[1])
-else
-  redis.call('DEL', KEYS[1], KEYS[2])
 end
+redis.call('DEL', KEYS[2])
 redis.call('SREM', KEYS[3], KEYS[1])
 return {'DONE'}
