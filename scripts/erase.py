@@ -28,6 +28,8 @@ WHY_LEFT = {
     "LIVE": "it is unfinished: let it be handled and run the same line again, or add --force to erase it unhandled",
     "DANGLING": "its entry was deleted by hand: python scripts/audit.py --repair, then the same line again",
 }
+WHY_NOT_ANEW = {"GROUPS": "it has consumer groups", "AGAIN": "it changes too fast, or another erase.py is at work"}
+TOO_WIDE = "an entry that somebody else put there has too many fields: redis-cli XDEL {0} {1} takes it away"
 ONE = {
     "mails": "mail",
     "stream entries": "stream entry",
@@ -105,10 +107,10 @@ class Eraser:
             if not self._round() or self.shutdown.requested:
                 break
         self._remove_raw()
-        for stream in erase.rewrite(self.redis, self.keys):
+        for stream, why in erase.rewrite(self.redis, self.keys).items():
             self.troubles.append(
-                f"{stream} could not be written anew (it has consumer groups, changes too fast, or another erase.py is at work): the "
-                "server's memory and files hold the bytes of what was deleted until the entries beside it are gone; run the same line again"
+                f"{stream} could not be written anew ({WHY_NOT_ANEW.get(why) or TOO_WIDE.format(stream, why)}): the server's memory and files "
+                "hold the bytes of what was deleted until the entries beside it are gone; run the same line again"
             )
         if self.shutdown.requested:
             self.troubles.append("stopped as asked: run the same line again")

@@ -20,6 +20,7 @@ from src.worker.delivery import Delivery
 
 PAGE = 100
 HEAD_BYTES = 65_536
+MOST_FIELDS = 3_900  # of an entry that is written anew: Lua hands some 8,000 words to a command, and no more
 TRIES = 5  # entries of a stream that is written anew may be deleted meanwhile, by another run too
 WENT = ("stream entries", "dead letters", "results", "stored steps", "mentions in reprocess runs")
 Takes = Callable[[Fields], bool]
@@ -158,19 +159,20 @@ def remove_raw(redis: RedisClient, keys: Keys, archive: Archive, began: datetime
     return removed, kept
 
 
-def rewrite(redis: RedisClient, keys: Keys) -> list[str]:
-    """Write the streams anew that `erase` deleted from, so that the server keeps no byte of it; those it could not, stay listed.
+def rewrite(redis: RedisClient, keys: Keys) -> dict[str, str]:
+    """Write the streams anew that `erase` deleted from, so that the server keeps no byte of it; those it could not, stay listed: stream →
+    GROUPS, AGAIN (it changes too fast) or the id of an entry of more than MOST_FIELDS fields.
 
     Workers and other runs may be at work: each page is one script, the last one swaps. A stream with consumer groups of somebody's own is
     left as it is. Raises what RedisClient raises (RedisFull: there is no room for two of it).
     """
-    left = []
+    left = {}
     for stream in sorted({keys.dlq, keys.results} & set(redis.call("SMEMBERS", keys.erasing))):
         tries, verdict = TRIES, "AGAIN"
         while verdict == "NEXT" or (verdict == "AGAIN" and tries):
             begins = verdict == "AGAIN"
             tries -= begins
-            [verdict] = redis.run("rewrite", [stream, keys.copy(stream), keys.erasing], [int(begins), PAGE])
+            verdict, *wide = redis.run("rewrite", [stream, keys.copy(stream), keys.erasing], [int(begins), PAGE, MOST_FIELDS])
         if verdict != "DONE":
-            left.append(stream)
+            left[stream] = wide[0] if verdict == "WIDE" else verdict
     return left
