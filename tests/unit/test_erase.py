@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from src.common.archive import Archive, Folder
 from src.common.redis_client import Arg, RedisClient
 from src.worker import erase
 from src.worker.erase import Traces, find, of_mail, of_sender
@@ -253,6 +257,22 @@ def test_what_is_erased_after_the_last_page_is_written_anew_once_more(store: Sto
     interrupted(monkeypatch, redis, 1, lambda: erase.erase(redis, keys, GROUP, mail, [], unfinished=False, processed_days=1))
     assert erase.rewrite(redis, keys) == {}
     assert set(redis.call("SMEMBERS", keys.erasing)) == {keys.dlq}
+
+
+def test_raw_mail_that_only_the_archive_knows_is_removed_when_no_producer_can_be_about_to_publish_it(
+    store: Store, tmp_path: Path
+) -> None:
+    """Young, it stays and nothing is listed; old, it goes; what the transition of its mail listed goes however young it is."""
+    redis, keys, archive = store.redis, store.keys, Archive(Folder(tmp_path / "raw"))
+    began = datetime.now(UTC) + timedelta(seconds=1)
+    raw_refs = dict(zip(("young", "old", "listed"), archive.put_all([b"1", b"2", b"3"]), strict=True))
+    digest = raw_refs["old"].removeprefix("sha256:")
+    moment = began.timestamp() - erase.YOUNG_SECONDS - 1
+    os.utime(tmp_path / "raw" / digest[0] / digest, (moment, moment))
+    redis.call("SADD", keys.erasing, raw_refs["listed"])
+    assert erase.remove_raw(redis, keys, archive, began, set(raw_refs.values())) == (2, 0, 1)
+    assert dict(archive.all()) == {raw_refs["young"]: b"1"}
+    assert redis.call("EXISTS", keys.erasing) == 0
 
 
 PLACES = [("HSET", "index", "S:9-0"), ("HSET", "starts", "0|9-0:1"), ("HSET", "tries", "1|1|5000")]
