@@ -28,6 +28,8 @@ WHY_LEFT = {
     "LIVE": "it is unfinished: let it be handled and run the same line again, or add --force to erase it unhandled",
     "DANGLING": "its entry was deleted by hand: python scripts/audit.py --repair, then the same line again",
 }
+WHY_NOT_ANEW = {"GROUPS": "it has consumer groups", "AGAIN": "it changes too fast, or another erase.py is at work"}
+TOO_WIDE = "an entry that somebody else put there has too many fields: redis-cli XDEL {0} {1} takes it away"
 ONE = {
     "mails": "mail",
     "stream entries": "stream entry",
@@ -105,10 +107,11 @@ class Eraser:
             if not self._round() or self.shutdown.requested:
                 break
         self._remove_raw()
-        for stream in erase.rewrite(self.redis, self.keys):
+        for stream, left in erase.rewrite(self.redis, self.keys).items():
+            why = WHY_NOT_ANEW.get(left) or TOO_WIDE.format(stream, left)
             self.troubles.append(
-                f"{stream} could not be written anew (it has consumer groups, or changes too fast): the server's memory and files hold the "
-                "bytes of what was deleted until the entries beside it are gone; run the same line again"
+                f"{stream} could not be written anew ({why}): the server's memory and files hold the bytes of what "
+                "was deleted until the entries beside it are gone; run the same line again"
             )
         if self.shutdown.requested:
             self.troubles.append("stopped as asked: run the same line again")
@@ -141,15 +144,17 @@ class Eraser:
         return touched
 
     def _remove_raw(self) -> None:
-        refs = sorted(self.raw)
-        for first in range(0, len(refs), 1000):
-            self.redis.call("SADD", self.keys.erasing, *refs[first : first + 1000])
         if self.archive is not None:
-            removed, shared = erase.remove_raw(self.redis, self.keys, self.archive, self.began)
+            removed, shared, young = erase.remove_raw(self.redis, self.keys, self.archive, self.began, self.raw)
             self.went["raw mails"] += removed
             if shared:
                 self.stays.append(
                     f"stays: {counted(shared, 'raw mail')} in the archive, since other or unfinished mail has the same bytes"
+                )
+            if young:
+                self.troubles.append(
+                    f"not removed yet: {counted(young, 'raw mail')} in the archive that a producer may be about to publish; run the same "
+                    "line again in an hour or so"
                 )
         rest = sum(name.startswith("sha256:") for name in self.redis.call("SMEMBERS", self.keys.erasing))
         if rest:

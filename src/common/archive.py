@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the producer's archiver knows nothing of Redis: a third of 
     from src.common.keys import Keys
     from src.common.redis_client import RedisClient
 
+PUBLISH_SECONDS = 3600.0  # a kept mail waits no longer for its place in the stream: then it is read, and kept, anew
 REFRESH_SECONDS = 86_400.0  # how old the sign that a mail is still needed may become
 PAGE = 100  # entries read at once while references are collected
 MARK = "archive"  # a file that says: this is an archive, not the empty folder of a mount that is missing

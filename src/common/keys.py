@@ -114,10 +114,9 @@ class Keys:
         """Set of what `scripts/erase.py` has still to do: references of raw mail to remove, keys of streams to write anew."""
         return f"{self.stream}:erasing"
 
-    @cached_property
-    def copy(self) -> str:
-        """Stream that `scripts/erase.py` writes anew, until it takes the place of the old one."""
-        return f"{self.stream}:erasing:copy"
+    def copy(self, stream: str) -> str:
+        """What `scripts/erase.py` writes anew of `stream`, dead letters or results, until it takes its place."""
+        return f"{self.erasing}:copy:{stream.removeprefix(f'{self.stream}:')}"
 
     def processed(self, account: str, internal_date: str) -> str:
         """Set of the members (see `src.mail.record.member_of`) of finished mail: one per account and INTERNALDATE day.

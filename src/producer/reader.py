@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from config.settings import Settings
 from src.common import tracing
+from src.common.archive import PUBLISH_SECONDS
 from src.common.batch import split
 from src.common.clock import Clock, iso
 from src.common.correlation import correlated, traceparent_of
@@ -38,7 +39,6 @@ LAST = 10  # mails at the end of a folder that tell its newest INTERNALDATE
 LATE, LATE_SPAN = 1_000, 5_000  # how many mails are looked at again, within how many UIDs
 AHEAD_SECONDS = 5.0  # between two looks for new mail while old mail is read
 ARCHIVE_SECONDS = 5.0  # between two tries of an archive that is full or away
-FULL_SECONDS = 3600.0  # a batch that waits longer is read anew: its raw mail must not be swept meanwhile
 GATE_SECONDS = 1.0  # between two looks whether intake goes on
 MARKER_SECONDS = 10.0  # how far the marker may lag behind where nothing is at stake
 
@@ -360,9 +360,10 @@ class Reader:
             if then and not (self.withheld.in_doubt or self.gate() or self._over_budget(state, following)):
                 session.ask_bodies(then)  # it comes while this group is parsed and published
             mails, withheld = self._mails(session, [(metas[uid], identities[uid]) for uid in group], whole, bodies, began)
+            until = self.clock.monotonic() + PUBLISH_SECONDS
             for batch in split(mails, lambda mail: mail.size, most=len(group), most_bytes=PUBLISH_BYTES):
                 moved = plan.advanced(state, batch[-1].uid, left_out, passed) if moves else state
-                state = self._publish(batch, state, moved, session)
+                state = self._publish(batch, state, moved, session, until)
                 self.withheld.came("body", [mail.uid for mail in batch])
             if withheld:
                 self.withheld.missed("body", withheld)
@@ -531,8 +532,16 @@ class Reader:
 
     # record it
 
-    def _publish(self, mails: Sequence[Mail], expected: State | None, state: State, session: Session | None = None) -> State:
-        """One batch, once, whatever calls fail; waits while the stream is full, new mail going ahead of old. Raises NotOurs."""
+    def _publish(
+        self,
+        mails: Sequence[Mail],
+        expected: State | None,
+        state: State,
+        session: Session | None = None,
+        until: float = float("inf"),
+    ) -> State:
+        """One batch, once, whatever calls fail; waits while the stream is full, new mail going ahead of old. Raises NotOurs, also where it
+        waited beyond `until` (monotonic)."""
         self._cover(mails)
         old = bool(mails) and expected is not None and mails[0].uid <= expected.horizon
         limit = self.settings.stream.maxlen
@@ -540,7 +549,6 @@ class Reader:
         batch, said = self.new_id(), False
         traces = [mail.traceparent for mail in mails]
         stopwatch = self.publishing if mails else NO_STOPWATCH
-        waits_until = self.clock.monotonic() + FULL_SECONDS
         while True:
             self.pulse.turn()
             with tracing.span("publish", links=traces, mails=len(mails)) if mails else nullcontext():
@@ -570,10 +578,10 @@ class Reader:
             self.gate()
             if self.pulse.pause(1.0):
                 raise NotOurs("stopped while the stream was full")
-            if self.clock.monotonic() > waits_until:
-                raise NotOurs("the stream was full for long: reading the batch anew, so that its raw mail is kept anew")
             if old and session is not None and expected is not None:
                 self._look_ahead(session, expected)
+            if self.clock.monotonic() > until:
+                raise NotOurs("the stream was full for long: reading the batch anew, so that its raw mail is kept anew")
 
     def _cover(self, mails: Sequence[Mail]) -> None:
         """The marker must never be younger than the oldest mail that is about to be unfinished."""

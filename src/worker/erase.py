@@ -7,11 +7,11 @@ that was killed half-way is finished by the next one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from src.common.archive import Archive, raw_ref_in, references
+from src.common.archive import PUBLISH_SECONDS, Archive, raw_ref_in, references
 from src.common.keys import Keys, open_field
 from src.common.redis_client import Fields, RedisClient
 from src.mail.parse import parse
@@ -20,7 +20,9 @@ from src.worker.delivery import Delivery
 
 PAGE = 100
 HEAD_BYTES = 65_536
-TRIES = 5  # entries of a stream that is written anew may be deleted meanwhile
+YOUNG_SECONDS = PUBLISH_SECONDS + 900.0  # clocks differ, and a batch is parsed before it is published
+MOST_FIELDS = 3_900  # of an entry that is written anew: Lua hands some 8,000 words to a command, and no more
+TRIES = 5  # entries of a stream that is written anew may be deleted meanwhile, by another run too
 WENT = ("stream entries", "dead letters", "results", "stored steps", "mentions in reprocess runs")
 Takes = Callable[[Fields], bool]
 
@@ -124,7 +126,8 @@ def erase(
         args += [len(listed), *listed]
     own = [keys.stream, keys.index, keys.starts, keys.tries, keys.due, keys.dlq, keys.open, keys.results, keys.erasing]
     of_mail = [keys.steps(mail.email_id), keys.processed(account, date or "")]
-    verdict, *counts = redis.run("erase", [*own, *of_mail, *run_keys], args)
+    copies = [keys.copy(keys.dlq), keys.copy(keys.results)]
+    verdict, *counts = redis.run("erase", [*own, *of_mail, *copies, *run_keys], args)
     return verdict, Counter({name: int(count) for name, count in zip(WENT, counts, strict=False) if count})
 
 
@@ -136,42 +139,44 @@ def find_raw(archive: Archive, sender: str) -> Iterator[str]:
             yield raw_ref
 
 
-def remove_raw(redis: RedisClient, keys: Keys, archive: Archive, began: datetime) -> tuple[int, int]:
-    """Work off `Keys.erasing`: (removed, kept since another mail has the same bytes). What was kept anew since `began` stays listed.
+def remove_raw(redis: RedisClient, keys: Keys, archive: Archive, began: datetime, found: Set[str]) -> tuple[int, int, int]:
+    """Work off `Keys.erasing` and `found`, what is in the archive: (removed, kept since another mail has the same bytes, too young).
 
-    Raises ArchiveUnavailable and what RedisClient raises; then the rest stays listed.
+    What was kept anew since `began` stays listed. What is not listed only the archive knows: a producer may be about to publish it, unless
+    it was kept YOUNG_SECONDS before. Raises ArchiveUnavailable and what RedisClient raises; then the rest stays listed.
     """
-    listed = sorted(raw_ref for raw_ref in redis.call("SMEMBERS", keys.erasing) if raw_ref.startswith("sha256:"))
-    if not listed:
-        return 0, 0
+    listed = {raw_ref for raw_ref in redis.call("SMEMBERS", keys.erasing) if raw_ref.startswith("sha256:")}
+    if not listed | found:
+        return 0, 0, 0
     needed = references(redis, keys) | {fields.get("raw_ref", "") for _, fields in _entries(redis, keys.results)}
-    removed = kept = 0
-    for raw_ref in listed:
+    removed = kept = young = 0
+    for raw_ref in sorted(listed | found):
+        before = began if raw_ref in listed else began - timedelta(seconds=YOUNG_SECONDS)
         if raw_ref in needed:
             kept += 1
-        elif archive.remove(raw_ref, began):
+        elif archive.remove(raw_ref, before):
             removed += 1
         else:
+            young += raw_ref not in listed
             continue
         redis.call("SREM", keys.erasing, raw_ref)
-    return removed, kept
+    return removed, kept, young
 
 
-def rewrite(redis: RedisClient, keys: Keys) -> list[str]:
-    """Write the streams anew that `erase` deleted from, so that the server keeps no byte of it; those it could not, stay listed.
+def rewrite(redis: RedisClient, keys: Keys) -> dict[str, str]:
+    """Write the streams anew that `erase` deleted from, so that the server keeps no byte of it; those it could not, stay listed: stream →
+    GROUPS, AGAIN (it changes too fast) or the id of an entry of more than MOST_FIELDS fields.
 
-    Workers may run: each page is one script, the last one swaps. A stream with consumer groups of somebody's own is left as it is.
-    Raises what RedisClient raises (RedisFull: there is no room for two of it).
+    Workers and other runs may be at work: each page is one script, the last one swaps. A stream with consumer groups of somebody's own is
+    left as it is. Raises what RedisClient raises (RedisFull: there is no room for two of it).
     """
-    left = []
+    left = {}
     for stream in sorted({keys.dlq, keys.results} & set(redis.call("SMEMBERS", keys.erasing))):
-        tries, verdict, after = TRIES, "", "0-0"
-        while tries and verdict not in ("DONE", "GROUPS"):
-            verdict, *rest = redis.run("rewrite", [stream, keys.copy], [after, PAGE])
-            after = rest[0] if verdict == "NEXT" else "0-0"
-            tries -= verdict == "AGAIN"
-        if verdict == "DONE":
-            redis.call("SREM", keys.erasing, stream)
-        else:
-            left.append(stream)
+        tries, verdict = TRIES, "AGAIN"
+        while verdict == "NEXT" or (verdict == "AGAIN" and tries):
+            begins = verdict == "AGAIN"
+            tries -= begins
+            verdict, *wide = redis.run("rewrite", [stream, keys.copy(stream), keys.erasing], [int(begins), PAGE, MOST_FIELDS])
+        if verdict != "DONE":
+            left[stream] = wide[0] if verdict == "WIDE" else verdict
     return left

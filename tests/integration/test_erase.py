@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from src.common.archive import ref_of
 from src.common.keys import Keys
 from src.sandbox.server import Sandbox
+from src.worker.erase import YOUNG_SECONDS
 from tests.integration.test_commands import files_of, keys_of
 from tests.support import acl
 from tests.support.daemons import Daemon
@@ -205,11 +208,12 @@ def test_sigkill_in_the_midst_of_two_thousand(pipeline: Pipeline) -> None:
     erase(pipeline, "--sender", SENDER, "--yes")
     assert mentions(pipeline, SECRET) == []
     assert pipeline.client.scard(KEYS.processed("a@x.org", "2026-01-31")) == 2000
-    assert not pipeline.client.exists(KEYS.erasing, KEYS.copy, KEYS.results)
+    assert not pipeline.client.exists(KEYS.erasing, KEYS.copy(KEYS.results))
+    assert pipeline.client.xlen(KEYS.results) == 0
 
 
 def test_raw_mail_that_the_results_have_forgotten(pipeline: Pipeline) -> None:
-    """--sender looks into the archive itself; raw mail that another mail needs stays, and is said to."""
+    """--sender looks into the archive itself; raw mail that another mail needs stays, and is said to; what is young stays for an hour."""
     eve = from_eve(pipeline, "fine", "other")
     settle(pipeline, eve)
     [one, two] = pipeline.client.xrange(KEYS.results)
@@ -217,6 +221,13 @@ def test_raw_mail_that_the_results_have_forgotten(pipeline: Pipeline) -> None:
     pipeline.client.xadd(
         KEYS.results, {"email_id": "gm:x@y.org:1", "outcome": "done", "raw_ref": two[1]["raw_ref"], "from": "z@y"}
     )
+    told = erase(pipeline, "--sender", SENDER, "--yes", code=1)
+    assert told["erased"] == {}
+    assert "not removed yet: 1 raw mail" in told["troubles"][0]
+    assert len(raw_files(pipeline)) == 2, "a producer may be about to publish it"
+    for path in raw_files(pipeline):
+        moment = time.time() - YOUNG_SECONDS
+        os.utime(path, (moment, moment))
     told = erase(pipeline, "--sender", SENDER, "--yes")
     assert told["erased"] == {"raw mails": 1}
     assert "1 raw mail in the archive" in told["stays"][-1]

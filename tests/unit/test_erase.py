@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from src.common.archive import Archive, Folder
+from src.common.redis_client import Arg, RedisClient
 from src.worker import erase
 from src.worker.erase import Traces, find, of_mail, of_sender
 from tests.support.fake import DAY, DONE, GROUP, Content, Store, present
@@ -117,10 +125,10 @@ def test_a_stream_is_written_anew(store: Store) -> None:
     redis.call("XDEL", keys.results, "7-0")
     redis.call("SADD", keys.erasing, keys.results)
     before = redis.entries(keys.results, count=1000)
-    assert erase.rewrite(redis, keys) == []
+    assert erase.rewrite(redis, keys) == {}
     assert redis.entries(keys.results, count=1000) == before
     assert len(before) == 249
-    assert redis.call("EXISTS", keys.erasing, keys.copy) == 0
+    assert redis.call("EXISTS", keys.erasing, keys.copy(keys.results)) == 0
     redis.call("XADD", keys.results, "*", "email_id", M2)
     assert redis.length(keys.results) == 250
 
@@ -131,9 +139,29 @@ def test_a_stream_with_readers_is_left(store: Store) -> None:
     redis.call("XADD", keys.results, "1-0", "email_id", M1)
     redis.call("XGROUP", "CREATE", keys.results, "theirs", "0")
     redis.call("SADD", keys.erasing, keys.results)
-    assert erase.rewrite(redis, keys) == [keys.results]
+    assert erase.rewrite(redis, keys) == {keys.results: "GROUPS"}
     assert set(redis.call("SMEMBERS", keys.erasing)) == {keys.results}
     assert len(redis.call("XINFO", "GROUPS", keys.results)) == 1
+
+
+@pytest.mark.parametrize("fields", [erase.MOST_FIELDS, erase.MOST_FIELDS + 1, 9_000])
+def test_an_entry_of_very_many_fields_ends_nothing(store: Store, fields: int) -> None:
+    """A letter of somebody else's that Lua cannot hand on: its stream stays as it is, and listed, and the letter is named; the other one
+    is written anew. Once it is taken away, all is done."""
+    redis, keys = store.redis, store.keys
+    store.put(DEAD)
+    redis.call("XADD", keys.dlq, "5-0", *(str(number) for number in range(2 * fields)))
+    redis.call("XADD", keys.results, "1-0", "email_id", M1)
+    redis.call("SADD", keys.erasing, keys.dlq, keys.results)
+    before = redis.entries(keys.dlq, count=9)
+    fits = fields == erase.MOST_FIELDS
+    assert erase.rewrite(redis, keys) == ({} if fits else {keys.dlq: "5-0"})
+    assert redis.entries(keys.dlq, count=9) == before
+    assert redis.call("EXISTS", keys.copy(keys.dlq), keys.copy(keys.results)) == 0
+    assert set(redis.call("SMEMBERS", keys.erasing)) == (set() if fits else {keys.dlq})
+    redis.call("XDEL", keys.dlq, "5-0")
+    assert erase.rewrite(redis, keys) == {}
+    assert redis.entries(keys.dlq, count=9) == before[:2]
 
 
 def test_what_is_deleted_while_it_is_written_stays_deleted(store: Store) -> None:
@@ -141,14 +169,110 @@ def test_what_is_deleted_while_it_is_written_stays_deleted(store: Store) -> None
     redis, keys = store.redis, store.keys
     for number in range(1, 6):
         redis.call("XADD", keys.dlq, f"{number}-0", "email_id", M1)
-    assert redis.run("rewrite", [keys.dlq, keys.copy], ["0-0", 4]) == ["NEXT", "4-0"]
+    redis.call("SADD", keys.erasing, keys.dlq)
+    places = [keys.dlq, keys.copy(keys.dlq), keys.erasing]
+    assert redis.run("rewrite", places, [1, 4, 9]) == ["NEXT"]
     redis.call("XDEL", keys.dlq, "3-0")
-    assert redis.run("rewrite", [keys.dlq, keys.copy], ["4-0", 4]) == ["AGAIN"]
+    assert redis.run("rewrite", places, [0, 4, 9]) == ["AGAIN"]
     assert [entry for entry, _ in redis.entries(keys.dlq, count=9)] == ["1-0", "2-0", "4-0", "5-0"]
-    assert redis.run("rewrite", [keys.dlq, keys.copy], ["0-0", 3]) == ["NEXT", "4-0"]
+    assert redis.run("rewrite", places, [1, 3, 9]) == ["NEXT"]
     redis.call("XDEL", keys.dlq, "1-0")
-    assert redis.run("rewrite", [keys.dlq, keys.copy], ["4-0", 3]) == ["DONE"]
+    assert redis.run("rewrite", places, [0, 3, 9]) == ["DONE"]
     assert [entry for entry, _ in redis.entries(keys.dlq, count=9)] == ["2-0", "4-0", "5-0"]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, redis: RedisClient, after: int, what: Callable[[], object]) -> None:
+    """`what` happens once, after so many pages from now on."""
+    run, pages = redis.run, [0]
+
+    def counting(name: str, keys: Sequence[str], args: Sequence[Arg]) -> Any:
+        answer = run(name, keys, args)
+        pages[0] += name == "rewrite"
+        if pages[0] == after:
+            monkeypatch.setattr(redis, "run", run)
+            what()
+        return answer
+
+    monkeypatch.setattr(redis, "run", counting)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def test_two_runs_at_once_lose_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run comes in after any page and is killed after any of its own: every entry stands in its stream, nothing is left to do."""
+    monkeypatch.setattr(erase, "PAGE", 4)
+    redis, keys = store.redis, store.keys
+    for number in range(1, 11):
+        redis.call("XADD", keys.dlq, f"{2 * number}-0", "email_id", f"letter {number}")
+        redis.call("XADD", keys.results, f"{3 * number}-0", "email_id", f"result {number}")
+    streams = [keys.dlq, keys.results]
+    before = [redis.entries(stream, count=100) for stream in streams]
+
+    for pages, others in product(range(1, 7), range(1, 8)):
+
+        def another(others: int = others) -> None:
+            with monkeypatch.context() as inner, suppress(Killed):
+                interrupted(inner, redis, others, kill)
+                assert erase.rewrite(redis, keys) == {}
+
+        redis.call("SADD", keys.erasing, *streams)
+        with monkeypatch.context() as outer:
+            interrupted(outer, redis, pages, another)
+            assert erase.rewrite(redis, keys) == {}
+        assert [redis.entries(stream, count=100) for stream in streams] == before
+        assert redis.call("EXISTS", keys.erasing, *map(keys.copy, streams)) == 0
+
+
+def test_no_copy_holds_what_another_run_has_erased(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest letter is erased while its stream is written anew: the copy goes at once, and the stream is written anew without it."""
+    monkeypatch.setattr(erase, "PAGE", 1)
+    redis, keys = store.redis, store.keys
+    store.put(DEAD)
+    redis.call("SADD", keys.erasing, keys.dlq)
+    [mail] = find(redis, keys, of_mail(M1)).values()
+
+    def another() -> None:
+        assert redis.call("EXISTS", keys.copy(keys.dlq)) == 1
+        erase.erase(redis, keys, GROUP, mail, [], unfinished=False, processed_days=1)
+        assert redis.call("EXISTS", keys.copy(keys.dlq)) == 0
+
+    interrupted(monkeypatch, redis, 1, another)
+    assert erase.rewrite(redis, keys) == {}
+    assert [fields["email_id"] for _, fields in redis.entries(keys.dlq, count=9)] == [M2]
+    assert redis.call("EXISTS", keys.erasing, keys.copy(keys.dlq)) == 0
+
+
+def test_what_is_erased_after_the_last_page_is_written_anew_once_more(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run erases a letter just when this one has swapped: its stream stays listed."""
+    redis, keys = store.redis, store.keys
+    store.put(DEAD)
+    redis.call("SADD", keys.erasing, keys.dlq)
+    [mail] = find(redis, keys, of_mail(M1)).values()
+    interrupted(monkeypatch, redis, 1, lambda: erase.erase(redis, keys, GROUP, mail, [], unfinished=False, processed_days=1))
+    assert erase.rewrite(redis, keys) == {}
+    assert set(redis.call("SMEMBERS", keys.erasing)) == {keys.dlq}
+
+
+def test_raw_mail_that_only_the_archive_knows_is_removed_when_no_producer_can_be_about_to_publish_it(
+    store: Store, tmp_path: Path
+) -> None:
+    """Young, it stays and nothing is listed; old, it goes; what the transition of its mail listed goes however young it is."""
+    redis, keys, archive = store.redis, store.keys, Archive(Folder(tmp_path / "raw"))
+    began = datetime.now(UTC) + timedelta(seconds=1)
+    raw_refs = dict(zip(("young", "old", "listed"), archive.put_all([b"1", b"2", b"3"]), strict=True))
+    digest = raw_refs["old"].removeprefix("sha256:")
+    moment = began.timestamp() - erase.YOUNG_SECONDS - 1
+    os.utime(tmp_path / "raw" / digest[0] / digest, (moment, moment))
+    redis.call("SADD", keys.erasing, raw_refs["listed"])
+    assert erase.remove_raw(redis, keys, archive, began, set(raw_refs.values())) == (2, 0, 1)
+    assert dict(archive.all()) == {raw_refs["young"]: b"1"}
+    assert redis.call("EXISTS", keys.erasing) == 0
 
 
 PLACES = [("HSET", "index", "S:9-0"), ("HSET", "starts", "0|9-0:1"), ("HSET", "tries", "1|1|5000")]

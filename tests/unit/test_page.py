@@ -22,7 +22,7 @@ from src.common.clock import Clock
 from src.common.error_groups import Group
 from src.common.keys import Keys
 from src.common.overview import Overview
-from src.common.redis_client import RedisClient
+from src.common.redis_client import RedisClient, pairs
 from src.common.registry import News, Registration, Seen
 from src.common.shutdown import Shutdown
 from src.monitoring import page_look
@@ -30,6 +30,7 @@ from src.monitoring.page_flow import GAP_SECONDS, Flow
 from src.monitoring.page_html import HEADERS, fragment, letter_page, note_page, page
 from src.monitoring.page_look import Letter, Letters, Onlooker, Retry, Snapshot
 from src.monitoring.page_verdict import View, ago, judge, parted, replay_group
+from src.worker import erase
 from tests.support import acl
 from tests.support.servers import RedisServer
 from tests.support.wait import until
@@ -507,6 +508,31 @@ def test_dead_letters_are_grouped_as_they_come_and_go(client: RedisClient) -> No
         assert [(g.group, g.count) for g in look(seen, now).letters.groups] == [("B", 3)]
         client.call("DEL", KEYS.dlq)
         assert look(seen, now).letters.groups == ()
+
+
+def test_what_is_erased_is_gone_at_the_next_look(client: RedisClient) -> None:
+    """A letter is erased and its stream written anew, then the last one too: neither is shown on, and nothing looks as if it had come."""
+    with onlooker(client) as (seen, now):
+        look(seen, now)
+        for number in (1, 2):
+            bury(client, number, f"E{number}")
+        for number in range(1, 10):
+            client.call("XADD", KEYS.results, f"{number}-0", "a", "b")
+        client.call("XTRIM", KEYS.results, "MAXLEN", 5)
+        before = look(seen, now)
+        assert sorted(letter.subject for letter in before.letters.newest.values()) == ["mail 1", "mail 2"]
+        for erased, left in ((1, ["mail 2"]), (2, [])):
+            client.call("XDEL", KEYS.dlq, f"{erased}-0")
+            client.call("XDEL", KEYS.results, f"{6 + erased}-0")
+            client.call("SADD", KEYS.erasing, KEYS.dlq, KEYS.results)
+            assert erase.rewrite(client, KEYS) == {}
+            after = look(seen, now)
+            assert [letter.subject for letter in after.letters.newest.values()] == left
+            assert (after.letters.total, after.letters.looked_at) == (len(left), len(left))
+    counts = {kind: sum(minute.counts[kind] for minute in after.flow if minute) for kind in ("done", "dead")}
+    assert counts == {"done": 9, "dead": 2}
+    about = pairs(client.call("XINFO", "STREAM", KEYS.results))
+    assert [about[name] for name in ("entries-added", "last-generated-id", "max-deleted-entry-id")] == [9, "9-0", "8-0"]
 
 
 def test_looking_at_dead_letters_is_bounded(client: RedisClient, monkeypatch: pytest.MonkeyPatch) -> None:

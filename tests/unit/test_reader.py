@@ -23,6 +23,7 @@ from src.common.health import Beats, liveness
 from src.common.shutdown import Shutdown
 from src.imap.imap_client import Folder, Meta
 from src.mail.record import Email
+from src.producer import reader as reader_module
 from src.producer.mailbox import Mailbox, is_down
 from src.producer.plan import Marker, State
 from src.producer.reader import NotOurs
@@ -375,6 +376,29 @@ def test_a_mailbox_that_waits_is_left_when_somebody_pauses_it(house: House) -> N
     reader.gate = lambda: next(gates, None) or paused()
     with pytest.raises(NotOurs, match="by hand"):
         reader.poll(house.server, lease.state)
+
+
+def test_no_kept_mail_waits_longer_than_it_may_for_its_place(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two mails are kept together and published one by one: what the first one waited counts for the second; then it is kept anew."""
+    monkeypatch.setattr(reader_module, "PUBLISH_BYTES", 1)
+    monkeypatch.setattr(reader_module, "PUBLISH_SECONDS", 60.0)
+
+    def room(now: float) -> None:
+        if now == 50:
+            store.redis.call("XTRIM", store.keys.stream, "MAXLEN", 0)
+
+    house = House(store, tmp_path, time=Time(room))
+    house.server.put(1)
+    house.session()
+    reader = house.reader
+    reader.settings = replace(reader.settings, stream=reader.settings.stream.model_copy(update={"maxlen": 1}))
+    house.server.put(2, 3)
+    with pytest.raises(NotOurs, match="full for long"):
+        house.session()
+    assert [uid for uid, _ in house.stream()] == ["2"]
+    assert 50 < house.time.now <= 62
 
 
 def test_a_server_that_swallows_connections_makes_no_thread_look_stuck(store: Store, tmp_path: Path) -> None:
