@@ -278,9 +278,10 @@ class Folder:
                     os.unlink(aside)  # noqa: PTH108  # as in `_name`
             raise
         at_once(_sync, {f"{self.root}/{_folder(path)}" for path, _ in files})
-        if self.memory and not self.memory.exists():
-            self.memory.parent.mkdir(parents=True, exist_ok=True)
-            self.memory.write_text(f"{self.root}\n")
+        with suppress(OSError):  # of another disk: the next put tries again
+            if self.memory and not self.memory.exists():
+                self.memory.parent.mkdir(parents=True, exist_ok=True)
+                self.memory.write_text(f"{self.root}\n")
 
     def _lay(self, aside: str, data: Raw) -> None:
         try:

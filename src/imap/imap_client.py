@@ -43,8 +43,9 @@ LOGOUT_SECONDS = 2.0
 GMAIL_USES = ("\\All", "\\Drafts", "\\Flagged", "\\Important", "\\Junk", "\\Sent", "\\Trash")
 
 SPECIAL_USES = (*GMAIL_USES, "\\Archive")
-# The data of some messages cannot be had, that of the others came: Gmail's words, and RFC 5530's code for expunged ones.
-_SOME_FAILED = re.compile(r"messages could not be fetched|\[EXPUNGEISSUED\]", re.IGNORECASE)
+# The data of some messages cannot be had, while that of others may have come: Gmail's words, and RFC 5530's code for expunged ones.
+_SOME_FAILED = re.compile(r"messages could not be fetched", re.IGNORECASE)
+_SOME_GONE = re.compile(r"\[EXPUNGEISSUED\]", re.IGNORECASE)
 _MESSAGE_ID = re.compile(rb"^message-id[ \t]*:[ \t]*\S", re.IGNORECASE | re.MULTILINE)
 
 
@@ -259,14 +260,17 @@ def _ask(client: Any, uids: Sequence[int], items: Sequence[str]) -> bytes:
 
 
 def _answer(client: Any, uids: Sequence[int], tag: bytes) -> dict[int, dict[bytes, Any]]:
-    """What the server told of `uids`. A message that it cannot give is absent, whether it says OK or that some failed."""
-    verdict, data = client._imap._command_complete("FETCH", tag)
-    if verdict == "NO" and _SOME_FAILED.search(describe(imaplib.IMAP4.error(*data))):
-        verdict = "OK"
-    client._checkok("fetch", verdict, data)
-    _, data = client._imap._untagged_response(verdict, data, "FETCH")
+    """What the server told of `uids`. A message that it cannot give is absent, whether it says OK or that some failed; where it says that
+    and gives none, it may be the server that fails."""
+    verdict, said = client._imap._command_complete("FETCH", tag)
+    text = describe(imaplib.IMAP4.error(*said))
+    _, data = client._imap._untagged_response("OK", said, "FETCH")
     found = parse_fetch_response(data, client.normalise_times, client.use_uid)
-    return {uid: found[uid] for uid in uids if uid in found}
+    answers = {uid: found[uid] for uid in uids if uid in found}
+    partly = answers and _SOME_FAILED.search(text) and not throttled(text)
+    if not (partly or _SOME_GONE.search(text)):
+        client._checkok("fetch", verdict, said)
+    return answers
 
 
 def list_mailboxes(endpoint: ImapEndpoint, account: str, secret: str) -> tuple[list[Listed], tuple[str, ...]]:

@@ -144,12 +144,12 @@ def plain(path: str, content_type: str, make: Callable[[], bytes]) -> Route:
 
 
 def serve_metrics(
-    host: str, port: int | Literal["off"] | None, page: Route, hosts: Collection[str], shutdown: Shutdown
+    host: str, port: int | Literal["off"] | None, page: Route, hosts: Collection[str], shutdown: Shutdown, *, asks_again: bool
 ) -> Callable[[], None]:
     """METRICS_PORT: `page` alone, on a port of its own, where one is wanted. Returns the function that ends it.
 
-    One that is taken is a warning: the page is on the daemon's own port anyway. It is asked for again: the standby that takes a mailbox
-    over is to be found where the producer before it was.
+    One that is taken is a warning: the page is on the daemon's own port anyway. `asks_again`: it is taken when it is free, for the standby
+    that takes a mailbox over is to be found where the producer before it was.
     """
     if port is None or port == "off":
         return lambda: None
@@ -167,7 +167,8 @@ def serve_metrics(
         listen()
     except ConfigurationError as error:
         log.warning("%s, or METRICS_PORT=off. /metrics is answered on the daemon's own port (HTTP_PORT) all the same", error)
-        shutdown.guard("metrics port", ask_again)
+        if asks_again:
+            shutdown.guard("metrics port", ask_again)
 
     def end() -> None:
         for end_one in ends:

@@ -29,6 +29,8 @@ from src.common.circuit_breaker import Breakers
 from src.common.clock import Clock, iso
 from src.common.exceptions import (
     ConfigurationError,
+    DiskUnavailable,
+    IngestionError,
     MailboxMissing,
     ReauthRequired,
     ScriptRefused,
@@ -200,7 +202,8 @@ class Producer:
         looks = page.routes(self.onlooker, pages["/status"], self.news, self.clock, bodies=run.status_page_bodies)
         stop_endpoint = endpoint.serve(listener, pages, hosts, shutdown, [scrape, self._targets(me), *looks])
         metrics_port = METRICS_PORT if run.metrics_port is None else run.metrics_port
-        stop_metrics = endpoint.serve_metrics(run.http_host, metrics_port, scrape, hosts, shutdown)
+        ours = run.metrics_port is not None  # else 9090 may be that of a Prometheus that starts again
+        stop_metrics = endpoint.serve_metrics(run.http_host, metrics_port, scrape, hosts, shutdown, asks_again=ours)
         watch.start(self.settings.redis.socket_timeout)
         readers = [shutdown.guard(mailbox.title, mailbox.run) for mailbox in self.mailboxes]
         shutdown.guard("leases", self._keep_leases)
@@ -228,13 +231,15 @@ class Producer:
     def run_once(self) -> None:
         """Read what is there now, each mailbox in turn; one that cannot be read holds up no other.
 
-        Raises NoUsableToken if none could be read for want of a token, ConfigurationError for those that something else is wrong with.
+        Raises NoUsableToken if none could be read for want of a token, ConfigurationError for those that something else is wrong with,
+        DiskUnavailable.
         """
         check_policy(self.redis, allow_eviction=self.settings.redis.allow_eviction)
         tracing.configure("email-producer")
         self.shutdown.guard("leases", self._keep_leases)
         refused: list[str] = []
         wrong: list[str] = []
+        full: DiskUnavailable | None = None
         for mailbox in self.mailboxes:
             try:
                 if not (self._asked_for and self._is_read_by_another(mailbox)):
@@ -242,6 +247,9 @@ class Producer:
             except (ReauthRequired, MailboxMissing, ConfigurationError) as error:
                 log.error("%s: %s", mailbox.title, error)
                 (refused if isinstance(error, ReauthRequired) else wrong).append(str(error))
+            except DiskUnavailable as error:
+                log.error("%s: %s", mailbox.title, error)
+                full = error
             finally:
                 mailbox.let_go()
         if not self.shutdown.requested:
@@ -254,6 +262,8 @@ class Producer:
             raise NoUsableToken("; ".join(refused))
         if wrong:
             raise ConfigurationError("; ".join(wrong))
+        if full:
+            raise full
 
     def _is_read_by_another(self, mailbox: Mailbox) -> bool:
         held = isinstance(mailbox.pulse.ask_redis(lambda: mailbox.states.acquire(mailbox.settings.mail.lease)), Held)
@@ -359,13 +369,15 @@ class Producer:
     def _sweep(self) -> None:
         """Remove raw mail that nobody needs any more, where that is due."""
         last, now = self.settings.run.data_dir / "swept", self.clock.wall()
-        if self.archive is None or (last.exists() and now.timestamp() - last.stat().st_mtime < SWEEP_SECONDS):
+        if self.archive is None:
             return
         try:
+            if last.exists() and now.timestamp() - last.stat().st_mtime < SWEEP_SECONDS:
+                return
+            last.touch()  # now: no other begins one meanwhile, and one that fails is not repeated at once
             needed = references(self.redis, self.keys)
             removed = self.archive.sweep(needed, older_than=self.settings.run.raw_retention * 86_400, now=now)
-            last.touch()
-        except (Transient, OSError) as error:
+        except (IngestionError, OSError) as error:
             log.warning("raw mail could not be swept: %s", error)
         else:
             log.info("raw mail: %d files removed, %d still needed", removed, len(needed))

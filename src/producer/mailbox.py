@@ -16,6 +16,7 @@ from src.common.clock import Clock, iso
 from src.common.exceptions import (
     BreakerOpen,
     ConfigurationError,
+    DiskUnavailable,
     ImapIncomplete,
     ImapThrottled,
     ImapUnavailable,
@@ -222,7 +223,7 @@ class Mailbox:
         self.let_go()
 
     def run_once(self) -> None:
-        """Read what is there now and return; what is transient is waited for. Raises what only a person can mend."""
+        """Read what is there now and return; what is transient is waited for. Raises what only a person can mend; DiskUnavailable."""
         while not self.shutdown.requested:
             if why := self.pulse.ask_redis(self.states.paused):
                 log.warning("%s: not read: %s", self.title, why)
@@ -230,6 +231,8 @@ class Mailbox:
             try:
                 state = self._own(patient=False)
                 return self._in_session(state, forever=False) if self.owns else None
+            except DiskUnavailable:
+                raise
             except WAITED_FOR as error:
                 self._wait_for(error)
         return None
@@ -270,7 +273,7 @@ class Mailbox:
 
     def _own(self, *, patient: bool = True) -> State | None:
         """Wait until the mailbox is ours; not `patient`: only while its owner gives no sign of life. How far it was read."""
-        until = ""
+        until, self.entered = "", self.clock.monotonic()  # what breaks off here breaks off soon
         while True:
             answer = self.pulse.ask_redis(lambda: self.states.acquire(self.settings.mail.lease))
             self.owns = not isinstance(answer, Held)

@@ -132,7 +132,7 @@ class Reader:
     _marker_written: float = 0.0
 
     def __post_init__(self) -> None:
-        self.withheld = Withheld(self.pulse.title)
+        self.withheld = Withheld(self.pulse.title, self.clock)
 
     # how to begin
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NoReturn, Protocol, TypeVar
 
+from src.common.clock import Clock
 from src.common.exceptions import ImapIncomplete, ImapUnavailable
 
 log = logging.getLogger(__name__)
 
 TRIES = 3  # for a mail whose data does not come; sessions that break off in one FETCH, before each of its mails is fetched alone
-BREAKS = 20  # sessions that break off at one mail before it is fetched no more: about an hour of pauses
+BREAKS, BREAKS_SECONDS = 20, 3600.0  # sessions that break off at one mail, in so long at least, before it is fetched no more
+OLD_SECONDS = 86_400.0  # after which a session that broke off tells nothing any more
 
 Lack = Literal["data", "body", "line"]  # what cannot be had of a mail: anything; its octets; a session that outlives its FETCH
 Result = TypeVar("Result")
@@ -27,10 +29,11 @@ class Withheld:
     """Of one mailbox, whose `title` the log has; by UID, so of one numbering. `gone`: what the folder did not show when it was asked."""
 
     title: str
+    clock: Clock
     gone: set[int] = field(default_factory=set)
     _numbering: int = 0
     _tries: dict[tuple[Lack, int], int] = field(default_factory=dict)
-    _breaks: dict[tuple[Lack, int], int] = field(default_factory=dict)
+    _breaks: dict[tuple[Lack, int], list[float]] = field(default_factory=dict)  # when, monotonic
     _given_up: set[tuple[Lack, int]] = field(default_factory=set)
 
     def numbered(self, uidvalidity: int) -> None:
@@ -56,11 +59,13 @@ class Withheld:
                 self._given_up.add((lack, uid))
                 del self._tries[lack, uid]
         for (lack, uid), breaks in list(self._breaks.items()):
-            if breaks >= BREAKS:
+            if self.clock.monotonic() - breaks[-1] > OLD_SECONDS:
+                del self._breaks[lack, uid]
+            elif len(breaks) >= BREAKS and breaks[-1] - breaks[0] >= BREAKS_SECONDS:
                 log.error(
                     "%s: the session broke off %d times while UID %d was fetched: it enters as a stub, if it was not read before",
                     self.title,
-                    breaks,
+                    len(breaks),
                     uid,
                 )
                 self._given_up.add(("line", uid))
@@ -75,16 +80,16 @@ class Withheld:
 
     def alone(self) -> set[int]:
         """UIDs to fetch alone: sessions broke off there."""
-        return {uid for (_, uid), breaks in self._breaks.items() if breaks >= TRIES}
+        return {uid for (_, uid), breaks in self._breaks.items() if len(breaks) >= TRIES}
 
     def tried(self, uids: Iterable[int]) -> bool:
         """Whether all of them were asked for often enough, and told nothing."""
         return all(self._tries.get(("data", uid), 0) >= TRIES for uid in uids)
 
     def least_doubtful(self, uids: Sequence[int]) -> Sequence[int]:
-        """All of them together, or one alone where sessions broke off at them."""
-        breaks = {uid: self._breaks.get(("data", uid), 0) for uid in uids}
-        return [min(uids, key=breaks.__getitem__)] if max(breaks.values()) >= TRIES else uids
+        """All of them together; where sessions broke off at them one alone, the last of those at which the fewest did."""
+        breaks = {uid: len(self._breaks.get(("data", uid), ())) for uid in uids}
+        return [min(uids, key=lambda uid: (breaks[uid], -uid))] if max(breaks.values()) >= TRIES else uids
 
     def lacks(self, lack: Lack, uid: int) -> bool:
         return (lack, uid) in self._given_up
@@ -92,7 +97,7 @@ class Withheld:
     def why(self, uid: int) -> str:
         """Why a mail enters as a stub; "" where nothing of it is given up."""
         if self.lacks("line", uid):
-            return f"the session broke off {BREAKS} times while this mail was fetched"
+            return "the session broke off again and again while this mail was fetched"
         if self.lacks("data", uid) or self.lacks("body", uid):
             return f"the server did not give this mail in {TRIES} tries"
         return ""
@@ -105,7 +110,7 @@ class Withheld:
             found = fetch()
         except ImapUnavailable:
             for uid in uids:
-                self._breaks[lack, uid] = self._breaks.get((lack, uid), 0) + 1
+                self._breaks.setdefault((lack, uid), []).append(self.clock.monotonic())
             raise
         if self._breaks:
             for uid in uids:

@@ -182,7 +182,7 @@ class Worker:
         hosts = endpoint.allowed_hosts(run.http_host, run.http_allowed_hosts)
         scrape = endpoint.plain("/metrics", metrics.CONTENT_TYPE, Metrics(CollectorRegistry(), metrics.WORKER, self.numbers).text)
         self.shutdown.add_step(
-            60, "metrics", endpoint.serve_metrics(run.http_host, run.metrics_port, scrape, hosts, self.shutdown)
+            60, "metrics", endpoint.serve_metrics(run.http_host, run.metrics_port, scrape, hosts, self.shutdown, asks_again=True)
         )
         self.onlooker.start(self.shutdown)
         looks = page.routes(self.onlooker, self.status, self.news, self.clock, bodies=run.status_page_bodies)

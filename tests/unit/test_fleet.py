@@ -122,7 +122,7 @@ def test_a_daemon_whose_pid_file_cannot_be_written_does_not_run(tmp_path: Path, 
     before = family(os.getpid())
     with pytest.raises(processes.Refused, match=r"worker-1 cannot be started: .*Is a directory: .*worker-1\.tmp.*; make room"):
         folder.launch("worker-1", ())
-    assert family(os.getpid()) == before
+    assert set(family(os.getpid())) <= set(before)
     assert folder.processes() == []
 
 

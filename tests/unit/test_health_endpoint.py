@@ -260,7 +260,7 @@ def test_a_plain_page_has_its_own_content_type() -> None:
 def test_the_second_port_answers_metrics_alone(caplog: pytest.LogCaptureFixture) -> None:
     """Any other path is 404 in JSON, a foreign host 400; the log names its address; its end closes it."""
     caplog.set_level("INFO")
-    stop = serve_metrics("127.0.0.1", 0, METRICS, HOSTS, Shutdown())
+    stop = serve_metrics("127.0.0.1", 0, METRICS, HOSTS, Shutdown(), asks_again=False)
     [line] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("metrics: ")]
     url = line.removeprefix("metrics: ").removesuffix("/metrics")
     assert whole(f"{url}/metrics")[:2] == (200, CONTENT_TYPE)
@@ -277,7 +277,7 @@ def test_a_second_port_that_is_taken_is_one_warning_with_the_remedy(caplog: pyte
     shutdown = Shutdown()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        serve_metrics("127.0.0.1", port, METRICS, HOSTS, shutdown)()
+        serve_metrics("127.0.0.1", port, METRICS, HOSTS, shutdown, asks_again=False)()
     [line] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert line.startswith(f"METRICS_PORT={port}: cannot listen on 127.0.0.1:{port} (")
     assert "; choose another, or METRICS_PORT=off. /metrics is answered on the daemon's own port" in line
@@ -290,7 +290,7 @@ def test_a_second_port_is_taken_when_it_is_free(monkeypatch: pytest.MonkeyPatch)
     shutdown = Shutdown()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        stop = serve_metrics("127.0.0.1", port, METRICS, HOSTS, shutdown)
+        stop = serve_metrics("127.0.0.1", port, METRICS, HOSTS, shutdown, asks_again=True)
 
     def answers() -> bool:
         try:
@@ -308,7 +308,7 @@ def test_a_second_port_is_taken_when_it_is_free(monkeypatch: pytest.MonkeyPatch)
 def test_no_second_port(port: Literal["off"] | None) -> None:
     """Unset for a worker, off for either: no thread is started."""
     threads = threading.active_count()
-    serve_metrics("127.0.0.1", port, METRICS, HOSTS, Shutdown())()
+    serve_metrics("127.0.0.1", port, METRICS, HOSTS, Shutdown(), asks_again=True)()
     assert threading.active_count() == threads
 
 

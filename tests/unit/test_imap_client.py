@@ -328,6 +328,18 @@ def test_a_no_about_some_messages_gives_the_others(no: bytes) -> None:
         assert box.bodies([7, 8]) == {7: b"whole"}
 
 
+@pytest.mark.parametrize("given", [b"", b"* 1 FETCH (UID 7 BODY[] {5}\r\nwhole)\r\n"], ids=["none came", "one came"])
+def test_a_server_in_need_withholds_no_mail(given: bytes) -> None:
+    """Gmail's NO where nothing came, or that tells to try again: it may be about any mail, so it says nothing of these."""
+    text = b"[UNAVAILABLE] Some messages could not be FETCHed" if given else b"Some messages could not be FETCHed (Failure)"
+    with (
+        serving({"UID FETCH": given + b"TAG NO " + text + b"\r\n"}) as server,
+        mailbox(server) as box,
+        pytest.raises(ImapUnavailable),
+    ):
+        box.bodies([7, 8])
+
+
 @pytest.mark.parametrize("no", [b"[SERVERBUG] Internal error", b"Server error, please try again later", b"no", b""])
 def test_any_other_no_to_a_fetch_is_no_answer(no: bytes) -> None:
     """Mail is not taken for withheld because a server has its troubles."""

@@ -18,7 +18,7 @@ import pytest
 from config.settings import Settings, load_settings
 from src.common.circuit_breaker import Breakers, Rules
 from src.common.clock import Clock, iso
-from src.common.exceptions import ArchiveUnavailable, ImapIncomplete, ImapUnavailable
+from src.common.exceptions import ArchiveUnavailable, DiskUnavailable, ImapIncomplete, ImapUnavailable
 from src.common.health import Beats, liveness
 from src.common.shutdown import Shutdown
 from src.imap.imap_client import Folder, Meta
@@ -28,7 +28,7 @@ from src.producer.mailbox import Mailbox, is_down
 from src.producer.plan import Marker, State
 from src.producer.reader import NotOurs
 from src.producer.state_manager import Held, MarkerFile, StateManager
-from src.producer.withheld import BREAKS, Withheld
+from src.producer.withheld import BREAKS, BREAKS_SECONDS, OLD_SECONDS, Withheld
 from tests.support.fake import Store
 
 NOON = datetime(2026, 2, 1, 12, tzinfo=UTC)
@@ -72,6 +72,7 @@ class Server:
     bodiless: set[int] = field(default_factory=set)
     hidden: set[int] = field(default_factory=set)
     deadly: set[tuple[str, int]] = field(default_factory=set)
+    dates: dict[int, str] = field(default_factory=dict)
     asked_since: Callable[[], None] = lambda: None
 
     def put(self, *uids: int, id_from: int = 1000) -> None:
@@ -94,7 +95,8 @@ class Server:
     def meta(self, uids: Sequence[int]) -> dict[int, Meta]:
         self._die("meta", uids)
         shown = [uid for uid in uids if uid in self.mails and uid not in self.silent]
-        return {uid: Meta(uid, iso(NOON), len(self.mails[uid][1]), self.mails[uid][0], "1", (), b"") for uid in shown}
+        dates = {uid: self.dates.get(uid, iso(NOON)) for uid in shown}
+        return {uid: Meta(uid, dates[uid], len(self.mails[uid][1]), self.mails[uid][0], "1", (), b"") for uid in shown}
 
     def ask_bodies(self, uids: Sequence[int]) -> None:
         """They are given when they are asked for."""
@@ -264,7 +266,7 @@ def test_hiccups_that_were_got_over_do_not_add_up(house: House, lack: str) -> No
         setattr(house.server, lack, set())
         house.session()
     assert house.stream() == [(str(uid), f"mail {1000 + uid}") for uid in (1, 2, 3, 4)]
-    assert house.reader.withheld == Withheld("a/INBOX", _numbering=1)
+    assert house.reader.withheld == Withheld("a/INBOX", house.time.clock, _numbering=1)
 
 
 def test_a_folder_whose_only_mail_is_withheld_is_begun_all_the_same(house: House) -> None:
@@ -284,17 +286,19 @@ def test_a_folder_whose_only_mail_is_withheld_is_begun_all_the_same(house: House
 
 @pytest.mark.parametrize("what", ["meta", "body"])
 def test_a_mail_that_ends_every_session_holds_no_other_up(house: House, what: str) -> None:
-    """After three sessions each mail is fetched alone, those before it come; after twenty it is a stub, those behind it come."""
+    """After three sessions each mail is fetched alone, those before it come; after twenty in an hour it is a stub, those behind it come."""
     house.server.put(1, 2, 3)
     house.server.deadly = {(what, 2)}
     for _ in range(4):
         house.broken_session()
     assert house.stream() == [("1", "mail 1001")]
-    for _ in range(BREAKS - 4):
+    for _ in range(BREAKS):
         house.broken_session()
+    house.time.now += BREAKS_SECONDS
+    house.broken_session()
     house.session()
     assert house.stream() == [("1", "mail 1001"), ("2", ""), ("3", "mail 1003")]
-    assert house.entries()[1].defects == (f"the session broke off {BREAKS} times while this mail was fetched",)
+    assert house.entries()[1].defects == ("the session broke off again and again while this mail was fetched",)
     house.server.put(4)
     house.session()
     assert house.stream()[3:] == [("4", "mail 1004")]
@@ -306,9 +310,10 @@ def test_a_bad_line_makes_no_stub(house: House, what: str) -> None:
     house.server.put(1, 2, 3)
     for _ in range(3):
         house.server.deadly = {(what, 2)}
-        for _ in range(BREAKS - 1):
+        for _ in range(BREAKS + 5):
             house.broken_session()
         house.server.deadly = set()
+        house.time.now += BREAKS_SECONDS
         house.session()
         house.server.mails.pop(3)
         house.store.redis.call("FLUSHALL")
@@ -317,7 +322,32 @@ def test_a_bad_line_makes_no_stub(house: House, what: str) -> None:
         house.server.put(3)
     house.session()
     assert house.stream() == [(str(uid), f"mail {1000 + uid}") for uid in (1, 2, 3)]
-    assert house.reader.withheld == Withheld("a/INBOX", _numbering=1)
+    assert house.reader.withheld == Withheld("a/INBOX", house.time.clock, _numbering=1)
+
+
+def test_the_date_of_a_first_read_is_that_of_the_newest_mail_that_can_be_had(house: House) -> None:
+    """One of the last ten ends every session: INITIAL_SYNC still means what it says, though an old mail is among them."""
+    house.reader.settings = settings_with(INITIAL_SYNC="since:7d")
+    house.server.put(*range(1, 11))
+    house.server.dates = {1: "2010-01-01T00:00:00Z"}
+    house.server.deadly = {("meta", 4)}
+    for _ in range(4):
+        house.broken_session()
+    assert house.store.redis.call("HGET", f"{HERE}:intake", "boundary") == iso(NOON - timedelta(days=7))
+
+
+def test_what_broke_off_a_day_ago_is_forgotten(house: House) -> None:
+    """Mail that was deleted since is never fetched again: bodies are asked for ahead all the same."""
+    house.server.put(1, 2)
+    house.server.deadly = {("body", 2)}
+    house.broken_session()
+    house.server.mails.pop(2)
+    house.server.deadly = set()
+    house.session()
+    assert house.reader.withheld.in_doubt
+    house.time.now += OLD_SECONDS + 1
+    house.session()
+    assert not house.reader.withheld.in_doubt
 
 
 # requests to look again
@@ -438,8 +468,16 @@ def test_a_marker_that_cannot_be_had_holds_its_mailbox_up_and_is_told(
     assert {state for state, _ in states[5:-1]} == {"DISCONNECTED"}
     assert said in states[-2][1]
     assert house.logins <= 12
+    assert 5 < caplog.text.count(said) <= 12, "in longer and longer pauses"
     assert said in caplog.text
     assert house.stream() == []
+
+
+def test_a_single_read_ends_with_a_marker_that_cannot_be_had(house: House) -> None:
+    """--once from cron: an error and an exit code, not a process that waits and keeps the lease from the next one."""
+    (house.data_dir / "markers" / "a" / "INBOX.json").mkdir(parents=True)
+    with pytest.raises(DiskUnavailable, match="cannot be read"):
+        house.mailbox.run_once()
 
 
 # markers
