@@ -8,6 +8,7 @@ import os
 import random
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -138,4 +139,7 @@ def run(settings: Settings, accounts: Sequence[Account], shutdown: Shutdown, giv
 
 
 if __name__ == "__main__":
-    leave(main())
+    code = main()
+    with suppress(OSError):  # whoever reads what it prints may take longer than leaving may
+        sys.stdout.flush()
+    leave(code)

@@ -174,7 +174,8 @@ class ImapMailbox:
 
     def head(self, uid: int, limit: int) -> bytes:
         """The first `limit` bytes of the message; b"" when the server gives nothing."""
-        answer = self._fetch([uid], [f"BODY.PEEK[]<0.{limit}>"]).get(uid, {})
+        with self._speaking() as client:
+            answer = _answer(client, [uid], _ask(client, [uid], [f"BODY.PEEK[]<0.{limit}>"]), given_up=True).get(uid, {})
         start = answer.get(b"BODY[]<0>")
         return start if isinstance(start, bytes) else b""
 
@@ -259,15 +260,15 @@ def _ask(client: Any, uids: Sequence[int], items: Sequence[str]) -> bytes:
     return tag
 
 
-def _answer(client: Any, uids: Sequence[int], tag: bytes) -> dict[int, dict[bytes, Any]]:
+def _answer(client: Any, uids: Sequence[int], tag: bytes, *, given_up: bool = False) -> dict[int, dict[bytes, Any]]:
     """What the server told of `uids`. A message that it cannot give is absent, whether it says OK or that some failed; where it says that
-    and gives none, it may be the server that fails."""
+    and gives none, it may be the server that fails. `given_up`: nothing is expected of it."""
     verdict, said = client._imap._command_complete("FETCH", tag)
     text = describe(imaplib.IMAP4.error(*said))
     _, data = client._imap._untagged_response("OK", said, "FETCH")
     found = parse_fetch_response(data, client.normalise_times, client.use_uid)
     answers = {uid: found[uid] for uid in uids if uid in found}
-    partly = answers and _SOME_FAILED.search(text) and not throttled(text)
+    partly = (answers or given_up) and _SOME_FAILED.search(text) and not throttled(text)
     if not (partly or _SOME_GONE.search(text)):
         client._checkok("fetch", verdict, said)
     return answers

@@ -346,6 +346,8 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._turned = 0.0
+        timeouts = [handler.timeout for handler in self.runners.consumer.handlers.all if handler.kind == "async"]
+        self._longest = max(timeouts, default=math.inf)
 
     def start(self) -> None:
         self._loop = asyncio.new_event_loop()  # not before: one that is never run complains when a process ends early
@@ -398,6 +400,6 @@ class Loop:
 
     def look_for_late(self, now: float) -> None:
         """A handler that blocks the loop holds every mail on it: where it does so for its whole time-out, only a restart helps."""
-        longest = max((mail.handler.timeout for mail in [*self._tasks.values()]), default=math.inf)
+        longest = max((mail.handler.timeout for mail in [*self._tasks.values()]), default=self._longest)
         if self._turned and now - self._turned > longest:
             self.runners.shutdown.request("an async handler blocks the event loop: use await, or a plain function", exit_code=1)

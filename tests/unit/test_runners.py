@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,10 +54,10 @@ def test_a_mail_that_runs_alone_takes_no_place(store: Store) -> None:
 # async handlers
 
 
-def of_async(store: Store, function: Function) -> tuple[Consumer, Runners, list[Outcome]]:
+def of_async(store: Store, function: Function, timeout: float = 600.0) -> tuple[Consumer, Runners, list[Outcome]]:
     """A consumer with an async handler, its runners at work, and where their outcomes go."""
     consumer, outcomes = joined(store), list[Outcome]()
-    consumer.handlers = Handlers((), handler_of(function, consumer.work, "async"))
+    consumer.handlers = Handlers((), replace(handler_of(function, consumer.work, "async"), timeout=timeout))
     runners = Runners(consumer, outcomes.append, no_child, False, Shutdown(), SYSTEM)
     runners.start()
     return consumer, runners, outcomes
@@ -89,6 +90,30 @@ def test_an_async_handler_that_cancels_all_tasks_fails_its_neighbours_and_strand
     assert content["due"] == {"1-0|gm:a:1", "3-0|gm:a:3"}
     assert content["results"] == [("gm:a:2", "done", "{}")]
     assert (consumer.in_flight(), runners.busy) == (0, 0)
+
+
+def test_a_handler_that_holds_the_loop_after_it_was_given_up_is_noticed(store: Store) -> None:
+    """Its cleanup blocks: later mail would never begin, with leases that are renewed for ever."""
+    blocks = threading.Event()
+
+    async def handler(email: Email, context: Context) -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            blocks.wait(60)
+
+    consumer, runners, outcomes = of_async(store, handler, timeout=0.1)
+    publish(store, 1)
+    runners.put(consumer.take(8))
+
+    def noticed() -> bool:
+        runners.look_for_late()
+        return runners.shutdown.requested
+
+    until(noticed, 20, "the worker is told to end")
+    blocks.set()
+    assert len(outcomes) == 1
+    assert "blocks the event loop" in runners.shutdown.reason
 
 
 async def stops_the_loop() -> None:
