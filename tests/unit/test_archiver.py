@@ -234,3 +234,14 @@ def test_an_answer_of_one_that_ended_meanwhile_leaves_nothing_behind(archiver: A
     assert waited_for() == [REFS[1]]
     both = [archiver.keep([MAILS[3]]), archiver.keep([MAILS[4]])]
     assert [group() for group in both] == [[REFS[3]], [REFS[4]]]
+
+
+def test_where_memory_is_refused_mails_go_over_through_a_file(archiver: Archiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vm.memfd_noexec=2, or a system that has no such memory: nothing else is different."""
+
+    def refused(name: str) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "memfd_create", refused)
+    assert archiver.keep(MAILS)() == REFS
+    assert held() == 0

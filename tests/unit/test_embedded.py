@@ -239,6 +239,35 @@ def test_a_server_that_only_does_not_answer_gets_no_second_one(
     assert not answers(data)
 
 
+def test_a_server_that_is_busy_answers(data: Path) -> None:
+    """A script that runs long: who joins it meanwhile waits for what it asks for, and not for a server."""
+    with Embedded(data, tcp=False) as server:
+        admin = redis.Redis(unix_socket_path=str(server.socket), retry=Retry(NoBackoff(), 0), socket_timeout=30)
+        admin.config_set("busy-reply-threshold", 10)
+
+        def work() -> None:
+            with pytest.raises(redis.ResponseError):
+                admin.eval("while true do end", 0)
+
+        script = threading.Thread(target=work)
+        script.start()
+
+        def busy() -> bool:
+            try:
+                admin.ping()
+            except redis.ResponseError:
+                return True
+            return False
+
+        try:
+            until(busy, 20, "it is busy")
+            with Embedded(data, tcp=False):
+                assert busy()
+        finally:
+            admin.script_kill()
+            script.join(20)
+
+
 def test_a_command_says_which_server_does_not_answer(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends after START_SECONDS or when it is stopped, and leaves the server to those who use it."""
     monkeypatch.setattr(embedded, "START_SECONDS", 0.3)

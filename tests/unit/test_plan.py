@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from src.common.clock import iso
 from src.common.keys import open_field
 from src.producer import plan
 from src.producer.plan import NEVER, Marker, Opening, State
@@ -337,6 +338,15 @@ def test_opening(opening: Opening, kind: str, state: State) -> None:
 )
 def test_first_threshold(initial_sync: str, threshold: str) -> None:
     assert plan.first_threshold(initial_sync, NOW) == threshold
+
+
+def test_the_first_day_there_is_has_no_day_before_it() -> None:
+    """Mail may bear any INTERNALDATE, and somebody may ask for all mail since then."""
+    first = "0001-01-01T00:00:00Z"
+    assert iso(datetime(1, 1, 1, tzinfo=UTC)) == first
+    assert plan.search_day(State(1, 0, first, 5, first_complete=False)) == date(1, 1, 1)
+    assert plan.look_since(Marker(State(1, 0, "", 5, first_complete=True), "0001-01-01")) == "0001-01-01"
+    assert plan.before(date(1, 1, 2)) == date(1, 1, 1)
 
 
 @pytest.mark.parametrize(
