@@ -218,7 +218,7 @@ def granted(answer: Mapping[str, Any], client: Client, account: str, now: dateti
             f"the access to Gmail ({SCOPE}) was not granted: its box was left unticked; run it again and tick every box"
         )
     try:
-        claims = jwt.decode(answer["id_token"], verify=False)  # type: ignore[no-untyped-call]
+        claims = jwt.decode(answer["id_token"], verify=False)  # type: ignore[no-untyped-call]  # google-auth has no types there
         owner, audience = str(claims["email"]), claims["aud"]
     except (LookupError, ValueError, TypeError, AttributeError):
         raise ConsentFailed("Google did not say whose account it is; run it again") from None
@@ -302,7 +302,7 @@ def _exchange(flow: Any, code: str) -> Mapping[str, Any]:
     try:
         answer: Mapping[str, Any] = flow.fetch_token(code=code, include_client_id=True, timeout=ENDPOINT_SECONDS)
     except Warning as changed:  # how oauthlib says that the scopes are not those asked for
-        answer = changed.token  # type: ignore[attr-defined]
+        answer = changed.token  # type: ignore[attr-defined]  # oauthlib sets it on its Warning
     except OAuth2Error as error:
         if error.error in ("invalid_client", "unauthorized_client"):
             raise ConfigurationError(

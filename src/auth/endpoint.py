@@ -67,7 +67,7 @@ def _one_try(session: requests.Session, timeout: float) -> Any:
     def ask(**arguments: Any) -> Any:
         response = transport(**{**arguments, "timeout": timeout})
         if response.status in (408, 429) or response.status >= 500:
-            raise TransportError(f"HTTP {response.status}")  # type: ignore[no-untyped-call]
+            raise TransportError(f"HTTP {response.status}")  # type: ignore[no-untyped-call]  # google-auth has no types there
         return response
 
     return ask

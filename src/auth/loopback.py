@@ -104,7 +104,7 @@ class _Listener(ThreadingTCPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """Who leaves before the answer is no news."""
         if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]
+            super().handle_error(request, client_address)  # type: ignore[arg-type]  # typed `object` above, as it comes
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -266,7 +266,7 @@ class TokenSource:
 
 def _refresh(token: StoredToken, timeout: float, account: str, now: datetime, breakers: Breakers | None) -> StoredToken:
     """Ask the endpoint once. A 200 may carry a new refresh token, which then replaces the old one."""
-    credentials: Any = Credentials(  # type: ignore[no-untyped-call]
+    credentials: Any = Credentials(  # type: ignore[no-untyped-call]  # google-auth has no types there
         token=None,
         refresh_token=token.refresh_token,
         token_uri=token.token_uri,

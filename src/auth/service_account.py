@@ -114,7 +114,7 @@ class ServiceAccountSource:
     def _signer(self) -> tuple[dict[str, Any], Any]:
         key = self._key()
         try:
-            credentials = Credentials.from_service_account_info(  # type: ignore[no-untyped-call]
+            credentials = Credentials.from_service_account_info(  # type: ignore[no-untyped-call]  # google-auth has no types there
                 key, scopes=[SCOPE], subject=self._account
             )
         except (GoogleAuthError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -113,7 +113,7 @@ def _stream(redis: RedisClient, name: str) -> Iterator[Command]:
     for group in groups:
         seconds, micros = redis.call("TIME")
         now = int(seconds) * 1000 + int(micros) // 1000
-        pages = _pages(lambda start, group=group: redis.call("XPENDING", name, group["name"], start, "+", PAGE))  # type: ignore[misc]
+        pages = _pages(lambda start, group=group: redis.call("XPENDING", name, group["name"], start, "+", PAGE))  # type: ignore[misc]  # its default
         gone = 0
         for entry_id, consumer, idle, deliveries in pages:
             gone += entry_id not in standing

@@ -173,7 +173,7 @@ class Embedded:
             fcntl.flock(self._users, fcntl.LOCK_SH)
         try:
             self._come_up()
-        except BaseException:
+        except BaseException:  # a stop too: our use of it ends, the error goes on
             self.__exit__()
             raise
         return self
@@ -343,7 +343,7 @@ class Embedded:
                     break
                 if time.monotonic() > deadline:
                     raise redis.TimeoutError("its process does not end")
-                time.sleep(0.02)
+                time.sleep(0.02)  # the shutdown has come already: it holds nothing up any more
             os.close(lock)
         except redis.RedisError as error:
             log.warning("the embedded Valkey could not be shut down: %s", error)

@@ -299,7 +299,7 @@ class _BarePacker:
 
 def _packer(not_utf8: str) -> PythonRespSerializer:
     """hiredis' own knows no surrogates."""
-    return PythonRespSerializer(6_000, Encoder("utf-8", not_utf8, decode_responses=True).encode)  # type: ignore[no-untyped-call]
+    return PythonRespSerializer(6_000, Encoder("utf-8", not_utf8, decode_responses=True).encode)  # type: ignore[no-untyped-call]  # no types
 
 
 def is_away(error: Exception) -> bool:

@@ -125,7 +125,7 @@ def disk(check: str, seen: Disk) -> Finding:
         if seen.free < most_free:
             return Finding(check, status, room, remedy)  # type: ignore[arg-type]  # the two literals above
         if seen.inodes is not None and seen.inodes < most_inodes:
-            return Finding(check, status, f"{seen.inodes} inodes free in {seen.place}", remedy)  # type: ignore[arg-type]
+            return Finding(check, status, f"{seen.inodes} inodes free in {seen.place}", remedy)  # type: ignore[arg-type]  # as above
     return Finding(check, "ok", room)
 
 

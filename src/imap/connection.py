@@ -96,7 +96,7 @@ def _tls_context(endpoint: ImapEndpoint) -> ssl.SSLContext:
     return context
 
 
-class _Client(imapclient.IMAPClient):  # type: ignore[misc]
+class _Client(imapclient.IMAPClient):  # type: ignore[misc]  # its base has no types
     def _create_IMAP4(self) -> _Connection:
         return _Connection(self.host, self.port, self.ssl_context, self._timeout.connect)
 

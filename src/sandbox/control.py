@@ -53,7 +53,7 @@ class ControlServer(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that left before its answer is no news; anything else is a fault of ours and is shown."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]
+            super().handle_error(request, client_address)  # type: ignore[arg-type]  # typed `object` above, as it comes
 
     def stop(self) -> None:
         self.stopping.set()

@@ -44,7 +44,7 @@ def claims(assertion: str) -> Mapping[str, Any] | None:
 
     public = _key().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     try:
-        claimed: Mapping[str, Any] = jwt.decode(assertion, certs=public)  # type: ignore[no-untyped-call]
+        claimed: Mapping[str, Any] = jwt.decode(assertion, certs=public)  # type: ignore[no-untyped-call]  # google-auth has no types there
     except (ValueError, TypeError):
         return None
     return claimed if claimed.get("iss") == EMAIL else None

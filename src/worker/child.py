@@ -179,7 +179,7 @@ class Remote:
         self._ask("record", step, result)
 
     def enter(self, breaker: str) -> int:
-        return self._ask("enter", breaker)  # type: ignore[no-any-return]
+        return self._ask("enter", breaker)  # type: ignore[no-any-return]  # it came over a pipe
 
     def leave(self, permit: int, failed: bool | None) -> None:
         self._ask("leave", permit, failed)
